@@ -1,0 +1,67 @@
+"""What can go wrong, as one tree; the class says the HTTP status and the reason a proxy's client is given.
+
+    SchedError
+    ├── ConfigError              bad configuration: dies at start, names the path in the file
+    └── RequestError             refuses one request; becomes an immediate response
+        ├── BadRequest           400
+        ├── PayloadTooLarge      413
+        ├── NoCandidates         503, rejected-no-endpoints
+        ├── NoneLeft             429, rejected-saturated (filters drained the candidates)
+        └── NoEndpoints          500 (a request without a body, and nowhere to send it)
+"""
+
+from __future__ import annotations
+
+
+class SchedError(Exception):
+    """Base of all errors this package raises on purpose."""
+
+
+class ConfigError(SchedError):
+    """The configuration cannot be used. ``path`` is where, as ``$.plugins[2].parameters.weight``."""
+
+    def __init__(self, message: str, path: str = "$") -> None:
+        super().__init__(f"{path}: {message}")
+        self.path = path
+
+
+class RequestError(SchedError):
+    """One request is refused. ``code`` is the reference's error name, part of the reply's text."""
+
+    status = 500
+    code = "Internal"
+    reason: str | None = None
+
+    @property
+    def body(self) -> str:
+        return f"inference error: {self.code} - {self}"
+
+
+class BadRequest(RequestError):
+    """The request itself is wrong; sending it elsewhere would not help."""
+
+    status, code = 400, "BadRequest"
+
+
+class PayloadTooLarge(RequestError):
+    """The body exceeds what this scheduler was started to accept."""
+
+    status, code = 413, "PayloadTooLarge"
+
+
+class NoCandidates(RequestError):
+    """The pool, or the subset the proxy asked for, is empty."""
+
+    status, code, reason = 503, "ServiceUnavailable", "rejected-no-endpoints"
+
+
+class NoneLeft(RequestError):
+    """Every candidate was filtered out."""
+
+    status, code, reason = 429, "ResourceExhausted", "rejected-saturated"
+
+
+class NoEndpoints(RequestError):
+    """A request without a body found the pool empty."""
+
+    status, code = 500, "Internal"

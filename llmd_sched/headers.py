@@ -1,0 +1,43 @@
+"""Every header and metadata key on the wire. Canonical name first, deprecated aliases after it."""
+
+DESTINATION = "x-gateway-destination-endpoint"
+"""Header and ``envoy.lb`` metadata key: the chosen ``ip:port``, or several, comma separated."""
+DESTINATION_SERVED = "x-gateway-destination-endpoint-served"
+DESTINATION_SUBSET = "x-gateway-destination-endpoint-subset"
+DESTINATION_SCORES = "x-gateway-destination-endpoint-scores"
+
+FAIRNESS_ID = ("x-llm-d-inference-fairness-id", "x-gateway-inference-fairness-id")
+OBJECTIVE = ("x-llm-d-inference-objective", "x-gateway-inference-objective")
+MODEL_REWRITE = ("x-llm-d-model-name-rewrite", "x-gateway-model-name-rewrite")
+TTFT_SLO_MS = ("x-llm-d-slo-ttft-ms", "x-slo-ttft-ms")
+TPOT_SLO_MS = ("x-llm-d-slo-tpot-ms", "x-slo-tpot-ms")
+
+DROPPED_REASON = "x-llm-d-request-dropped-reason"
+REQUEST_ID = "x-request-id"
+CONTENT_LENGTH = "content-length"
+CONTENT_TYPE = "content-type"
+PATHS = (":path", "x-original-path", "x-forwarded-path")
+"""Where the request path is looked for, in this order."""
+WENT_INTO_RESPONSE = "x-went-into-resp-headers"
+"""Debug marker the reference sets on every response it sees."""
+
+NAMESPACE_LB = "envoy.lb"
+NAMESPACE_SUBSET = "envoy.lb.subset_hint"
+NAMESPACE_OURS = "llmd"
+"""Dynamic metadata of our own: what the scheduler tells the access log, and what the Lua filter noted."""
+
+TICKET = "ticket"
+FIRST_BODY_US = "first_us"
+LAST_BODY_US = "last_us"
+BODY_CHUNKS = "chunks"
+BODY_TAIL = "tail"
+
+SYSTEM_OWNED = frozenset(
+    (DESTINATION, DESTINATION_SERVED, DESTINATION_SUBSET, DESTINATION_SCORES, DROPPED_REASON, CONTENT_LENGTH)
+    + FAIRNESS_ID
+    + OBJECTIVE
+    + MODEL_REWRITE
+    + TTFT_SLO_MS
+    + TPOT_SLO_MS
+)
+"""Names a client may send but the scheduler never copies through."""

@@ -1,0 +1,174 @@
+"""The words all else shares: five nouns, each made once, frozen, and handed forward.
+
+    bytes -> Request -> Candidates -> Decision -> (headers)
+    chunks or an access-log entry -> Outcome -> Sample -> trainer
+
+A column is a float64 array with one entry per candidate. Columns made for one request by a producer carry the
+producer's name, ``attribute/producer``, so that two producers of one kind can stand side by side.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One inference request as its parser and headers describe it."""
+
+    id: str
+    """``x-request-id``: the client's name for it. Not unique, so it is never a key of ours."""
+    model: str = ""
+    """The model name the client asked for; empty when the parser cannot tell (pass-through)."""
+    target_model: str = ""
+    """The name sent upstream: ``model`` unless the request is rewritten."""
+    prompts: tuple[bytes, ...] = ()
+    """Prompt text as UTF-8, or token ids as little-endian uint32 when the client sent ids. Four bytes are one
+    token (the reference's estimate), so both forms are hashed alike."""
+    input_tokens: int = 0
+    max_output_tokens: int | None = None
+    streaming: bool = False
+    cache_salt: str = ""
+    priority: int = 0
+    fairness_id: str = "default-flow"
+    ttft_slo_ms: float | None = None
+    tpot_slo_ms: float | None = None
+    size_bytes: int = 0
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """One ``address:port`` of a model server. Its identity everywhere is ``namespace/name``."""
+
+    name: str
+    address: str
+    """An IP address, ready for the destination header (host names are resolved by discovery)."""
+    port: int
+    namespace: str = "default"
+    labels: Mapping[str, str] = msgspec.field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+    @property
+    def hostport(self) -> str:
+        """``ip:port``, IPv6 in brackets: the value of the destination header."""
+        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
+
+
+class Candidates:
+    """The endpoints one request may go to, as aligned columns.
+
+    ``columns`` is shared by all views of one decision; ``index`` says which rows this view keeps, so a filter costs
+    one small array and untouched columns are never copied. Missing columns are a programming error (KeyError):
+    what a plugin reads is checked when the profile is built.
+    """
+
+    __slots__ = ("columns", "endpoints", "index")
+
+    def __init__(
+        self,
+        endpoints: list[Endpoint],
+        columns: dict[str, Array],
+        index: NDArray[np.intp] | None = None,
+    ) -> None:
+        self.endpoints = endpoints
+        self.columns = columns
+        self.index = np.arange(len(endpoints)) if index is None else index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def column(self, name: str) -> Array:
+        """The named column for the endpoints in view, shape (len(self),)."""
+        values = self.columns[name]
+        return values if len(self.index) == len(values) else values[self.index]
+
+    def has(self, name: str) -> bool:
+        return name in self.columns
+
+    def with_columns(self, columns: Mapping[str, Array]) -> Candidates:
+        """A view with more columns (full length: one entry per endpoint of the decision)."""
+        return Candidates(self.endpoints, {**self.columns, **columns}, self.index)
+
+    def keep(self, mask: NDArray[np.bool_]) -> Candidates:
+        """The view of the endpoints where ``mask`` (aligned with this view) is true."""
+        return self if mask.all() else Candidates(self.endpoints, self.columns, self.index[mask])
+
+
+class Prediction(msgspec.Struct, frozen=True):
+    """What the model said of the chosen endpoint. ``row`` is the feature row it was computed from."""
+
+    row: tuple[float, ...]
+    ttft_ms: float
+    tpot_ms: float
+    model_version: int
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a request goes, and why."""
+
+    ticket: str
+    """Our own key of the request, unique in this process; rides through Envoy as dynamic metadata."""
+    request: Request
+    picked: tuple[Endpoint, ...]
+    """In order of preference; the first is the one that is charged."""
+    scores: Mapping[str, float]
+    """``ip:port`` -> total score, for every candidate that was scored."""
+    prediction: Prediction | None
+    uncached_tokens: float
+    explored: bool = False
+    at_s: float
+
+
+class End(enum.StrEnum):
+    """How a request ended."""
+
+    FINISHED = "finished"
+    """The reply was complete; its status may still be an error."""
+    CLIENT_GONE = "client-gone"
+    UPSTREAM_FAILED = "upstream-failed"
+    """The model server could not be reached, or broke off in mid-reply."""
+    LOST = "lost"
+    """No outcome was ever reported (the proxy died, an access-log entry was lost)."""
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of a request. Times are relative to when it was sent upstream; None = not observed."""
+
+    end: End
+    status: int = 0
+    ttft_ms: float | None = None
+    e2e_ms: float | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    output_tokens: int | None = None
+    streamed: bool = False
+    """The reply came in more than one event, so its first chunk is its first token."""
+    response_bytes: int = 0
+
+    @property
+    def tpot_ms(self) -> float | None:
+        """(e2e - ttft) / (tokens - 1); None unless the reply streamed at least two tokens."""
+        if not self.streamed or self.ttft_ms is None or self.e2e_ms is None or (self.output_tokens or 0) < 2:
+            return None
+        return (self.e2e_ms - self.ttft_ms) / (self.output_tokens - 1)  # type: ignore[operator]
+
+
+class Sample(msgspec.Struct, frozen=True, array_like=True):
+    """One labelled row for the trainer. A label that was not observed is None."""
+
+    row: tuple[float, ...]
+    ttft_ms: float | None
+    tpot_ms: float | None
+    predicted_ttft_ms: float
+    predicted_tpot_ms: float
+    model_version: int
+    at_s: float
+    explored: bool = False
