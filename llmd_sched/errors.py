@@ -7,7 +7,8 @@
         ├── PayloadTooLarge      413
         ├── NoCandidates         503, rejected-no-endpoints
         ├── NoneLeft             429, rejected-saturated (filters drained the candidates)
-        └── NoEndpoints          500 (a request without a body, and nowhere to send it)
+        ├── NoEndpoints          500 (a request without a body, and nowhere to send it)
+        └── UnsupportedMode      500 (the proxy is configured in a way we do not speak)
 """
 
 from __future__ import annotations
@@ -65,3 +66,7 @@ class NoEndpoints(RequestError):
     """A request without a body found the pool empty."""
 
     status, code = 500, "Internal"
+
+
+class UnsupportedMode(RequestError):
+    """The proxy sends bodies in a mode this scheduler does not speak."""

@@ -90,8 +90,14 @@ class Candidates:
         values = self.columns[name]
         return values if len(self.index) == len(values) else values[self.index]
 
-    def has(self, name: str) -> bool:
-        return name in self.columns
+    def get(self, name: str) -> Array | None:
+        """The named column, or None when nothing produced it (a producer failed, or is not configured)."""
+        return self.column(name) if name in self.columns else None
+
+    def compact(self) -> Candidates:
+        """The same candidates as a decision of their own: columns hold these endpoints and no others."""
+        endpoints = [self.endpoints[i] for i in self.index]
+        return Candidates(endpoints, {name: values[self.index] for name, values in self.columns.items()})
 
     def with_columns(self, columns: Mapping[str, Array]) -> Candidates:
         """A view with more columns (full length: one entry per endpoint of the decision)."""
@@ -122,7 +128,6 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     scores: Mapping[str, float]
     """``ip:port`` -> total score, for every candidate that was scored."""
     prediction: Prediction | None
-    uncached_tokens: float
     explored: bool = False
     at_s: float
 
@@ -132,7 +137,8 @@ class End(enum.StrEnum):
 
     FINISHED = "finished"
     """The reply was complete; its status may still be an error."""
-    CLIENT_GONE = "client-gone"
+    ABORTED = "aborted"
+    """The client went away, or the stream broke off and nobody can say on which side."""
     UPSTREAM_FAILED = "upstream-failed"
     """The model server could not be reached, or broke off in mid-reply."""
     LOST = "lost"

@@ -1,0 +1,181 @@
+"""``EndpointPickerConfig``: the document as frozen structs, loaded strictly. Every error says where in the file.
+
+Read once at start. What the document means (defaults, which plugin is what) is ``catalog``'s business.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar
+
+import msgspec
+import yaml
+
+from llmd_sched.errors import ConfigError
+
+T = TypeVar("T")
+
+API_VERSIONS = ("llm-d.ai/v1alpha1", "inference.networking.x-k8s.io/v1alpha1")
+KIND = "EndpointPickerConfig"
+MAX_CONFIG_BYTES = 1 << 20
+
+FEATURE_GATES = {"flowControl": False, "haPopulateNonLeaderDatastore": True}
+
+DEFAULT_CONFIG = """\
+apiVersion: llm-d.ai/v1alpha1
+kind: EndpointPickerConfig
+plugins:
+- {type: queue-scorer}
+- {type: kv-cache-utilization-scorer}
+- {type: prefix-cache-scorer}
+schedulingProfiles:
+- name: default
+  plugins:
+  - {pluginRef: queue-scorer, weight: 2}
+  - {pluginRef: kv-cache-utilization-scorer, weight: 2}
+  - {pluginRef: prefix-cache-scorer, weight: 3}
+"""
+"""What runs when no configuration is given: the reference's built-in blend."""
+
+
+class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel", omit_defaults=True):
+    """Base: unknown fields are refused."""
+
+
+class PluginRef(_Strict, frozen=True):
+    plugin_ref: str
+
+
+class ProfilePlugin(_Strict, frozen=True):
+    plugin_ref: str
+    weight: float | None = None
+
+
+class PluginSpec(_Strict, frozen=True):
+    type: str
+    name: str = ""
+    parameters: dict[str, Any] | None = None
+
+    @property
+    def ref(self) -> str:
+        return self.name or self.type
+
+
+class SchedulingProfile(_Strict, frozen=True):
+    name: str
+    plugins: tuple[ProfilePlugin, ...] = ()
+
+
+class DataLayer(_Strict, frozen=True):
+    inject_defaults: bool = True
+    discovery: PluginRef | None = None
+
+
+class RequestHandler(_Strict, frozen=True):
+    parsers: tuple[PluginRef, ...] = ()
+
+
+class EndpointPickerConfig(_Strict, frozen=True):
+    api_version: str
+    kind: str
+    feature_gates: tuple[str, ...] = ()
+    plugins: tuple[PluginSpec, ...] = ()
+    scheduling_profiles: tuple[SchedulingProfile, ...] = ()
+    data_layer: DataLayer = DataLayer()
+    request_handler: RequestHandler = RequestHandler()
+    parser: PluginRef | None = None
+    """Deprecated place of a single parser; ``requestHandler.parsers`` wins."""
+
+
+NOT_BUILT_YET = ("flowControl", "saturationDetector")
+"""Blocks of the reference's schema this version refuses rather than ignores."""
+
+
+def load(text: str) -> EndpointPickerConfig:
+    """Raises ConfigError naming the path of what is wrong."""
+    document = read_yaml(text)
+    if not isinstance(document, dict):
+        raise ConfigError(f"expected a mapping with apiVersion and kind, got {type(document).__name__}")
+    for field in NOT_BUILT_YET:
+        if field in document:
+            raise ConfigError("this block is not supported yet; remove it", f"$.{field}")
+    config = convert(document, EndpointPickerConfig)
+    if config.api_version not in API_VERSIONS:
+        raise ConfigError(f"unknown apiVersion {config.api_version!r}; accepted: {', '.join(API_VERSIONS)}", "$.apiVersion")
+    if config.kind != KIND:
+        raise ConfigError(f"unknown kind {config.kind!r}; accepted: {KIND}", "$.kind")
+    for i, gate in enumerate(config.feature_gates):
+        _check_gate(gate, f"$.featureGates[{i}]")
+    return config
+
+
+def _check_gate(gate: str, path: str) -> None:
+    name, _, value = gate.partition("=")
+    if name not in FEATURE_GATES:
+        raise ConfigError(f"unknown feature gate {name!r}; known: {', '.join(sorted(FEATURE_GATES))}", path)
+    if value not in ("", "true", "false"):
+        raise ConfigError(f"{gate!r}: the value must be true or false", path)
+    if name == "flowControl" and value != "false":
+        raise ConfigError("flowControl is not supported yet; remove the gate", path)
+
+
+def read_yaml(text: str) -> Any:
+    """Parse YAML or JSON; a key given twice is an error, as is more than MAX_CONFIG_BYTES."""
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"the document has {len(text)} bytes; at most {MAX_CONFIG_BYTES} are accepted")
+    try:
+        return yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise ConfigError(f"not valid YAML: {getattr(e, 'problem', None) or e}{where}") from None
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            if isinstance(key, str):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def convert(value: Any, kind: type[T], path: str = "$") -> T:
+    """``value`` as ``kind``; raises ConfigError with the path and, for an unknown field, what is accepted."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as e:
+        message, _, at = str(e).partition(" - at `$")
+        raise ConfigError(message + _accepted(message, kind, at.rstrip("`")), path + at.rstrip("`")) from None
+
+
+def _accepted(message: str, kind: Any, at: str) -> str:
+    """For an unknown field: the fields of the struct it was found in."""
+    if "unknown field" not in message:
+        return ""
+    for name in re.findall(r"\.(\w+)", at):
+        fields = {f.encode_name: f.type for f in msgspec.structs.fields(kind)}
+        kind = _struct_in(fields[name])
+    names = kind.__struct_encode_fields__
+    return f"; accepted: {', '.join(names)}" if names else "; this takes no parameters"
+
+
+_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|us|ns|h|m|s)")
+_SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+
+
+def duration_s(text: str) -> float:
+    """Go's notation: ``5m``, ``1h30m``, ``200ms``; ``0`` too. Raises ValueError saying so."""
+    parts = _DURATION_PART.findall(text)
+    if text != "0" and "".join(number + unit for number, unit in parts) != text or not text:
+        raise ValueError(f"{text!r} is not a duration such as 500ms, 30s, 5m or 1h30m")
+    return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+
+
+def _struct_in(annotation: Any) -> Any:
+    """The struct inside ``tuple[Struct, ...]`` or ``Struct | None``."""
+    inner = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, msgspec.Struct)]
+    return inner[0] if inner else annotation

@@ -1,0 +1,85 @@
+"""What a model server's reply tells about itself: status, first token, token counts. Fed chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from llmd_sched.headers import CONTENT_TYPE
+from llmd_sched.parsers.openai import usage_in_tail
+from llmd_sched.types import End, Outcome
+
+TAIL_BYTES = 2048
+"""Kept of the end of a reply: ``usage`` ends a whole reply, and is a stream's second to last event."""
+
+EVENT_MARK = b"data: "
+DONE_MARK = b"data: [DONE]"
+
+
+class ReplyReader:
+    """One reply on the duplex path. ``sent_s`` is when its request was handed back to Envoy."""
+
+    def __init__(self, *, streaming: bool, sent_s: float) -> None:
+        self._streaming = streaming
+        self._sent_s = sent_s
+        self._status = 0
+        self._first_s: float | None = None
+        self._tail = b""
+        self._bytes = 0
+        self._events = 0
+
+    def headers(self, headers: Mapping[str, str]) -> None:
+        status = headers.get(":status", "")
+        self._status = int(status) if status.isdigit() else 0
+        self._streaming = "text/event-stream" in headers.get(CONTENT_TYPE, "")
+
+    def body(self, chunk: bytes, now_s: float) -> bool:
+        """True for the first chunk of a successful stream: the first token."""
+        first = self._first_s is None
+        if first:
+            self._first_s = now_s
+        self._bytes += len(chunk)
+        self._tail = (self._tail + chunk)[-TAIL_BYTES:]
+        if self._streaming:
+            self._events += chunk.count(EVENT_MARK)
+        return first and self._streaming and self._status == 200
+
+    def outcome(self, end: End, now_s: float) -> Outcome:
+        return read_outcome(
+            end,
+            status=self._status,
+            streamed=self._streaming,
+            first_ms=None if self._first_s is None else (self._first_s - self._sent_s) * 1e3,
+            e2e_ms=(now_s - self._sent_s) * 1e3,
+            tail=self._tail,
+            events=self._events,
+            response_bytes=self._bytes,
+        )
+
+
+def read_outcome(
+    end: End,
+    *,
+    status: int,
+    streamed: bool,
+    first_ms: float | None,
+    e2e_ms: float,
+    tail: bytes,
+    events: int,
+    response_bytes: int,
+) -> Outcome:
+    """Both paths end here: token counts from ``usage`` in the tail, else one token per event."""
+    usage = usage_in_tail(tail)
+    tokens = usage.output if usage else None
+    if tokens is None and streamed and status == 200:
+        tokens = max(0, events - (DONE_MARK in tail))
+    return Outcome(
+        end=end,
+        status=status,
+        ttft_ms=first_ms if streamed else None,
+        e2e_ms=e2e_ms,
+        prompt_tokens=usage.prompt if usage else None,
+        cached_tokens=usage.cached if usage else None,
+        output_tokens=tokens,
+        streamed=streamed,
+        response_bytes=response_bytes,
+    )

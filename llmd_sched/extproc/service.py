@@ -1,0 +1,212 @@
+"""What both data paths share: headers and body to a Request, the choice, and its end.
+
+The outcome log, when asked for, has one JSON line per finished request: what was predicted, by which model version,
+and what was measured. It is the record against which anyone can check our numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+
+from llmd_sched import headers as names
+from llmd_sched.errors import BadRequest, RequestError
+from llmd_sched.extproc.session import Route
+from llmd_sched.parsers.openai import with_model
+from llmd_sched.parsers.registry import ParserRegistry
+from llmd_sched.plugin import Parsed
+from llmd_sched.prefix.hashing import BYTES_PER_TOKEN
+from llmd_sched.router import Router
+from llmd_sched.telemetry import Telemetry
+from llmd_sched.types import Decision, End, Endpoint, Outcome, Request
+
+log = logging.getLogger(__name__)
+
+MAX_SLO_MS = 86_400_000.0
+"""A day; anything beyond is a mistake, not a target."""
+
+
+class Routed(NamedTuple):
+    """A choice, and the body to send upstream."""
+
+    decision: Decision
+    body: bytes
+    body_changed: bool
+
+
+class EndpointPicker:
+    """One per process. ``clock`` is the time everything in it is measured on, in seconds."""
+
+    def __init__(
+        self,
+        router: Router,
+        parsers: ParserRegistry,
+        telemetry: Telemetry,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        outcome_log: logging.Logger | None = None,
+    ) -> None:
+        self.router = router
+        self.parsers = parsers
+        self.telemetry = telemetry
+        self.clock = clock
+        self._outcome_log = outcome_log
+
+    def route(self, route: Route, body: bytes) -> Routed:
+        """Raises RequestError."""
+        parsed = self.parsers.parse(_path(route.headers), body)
+        request = self._request(route.headers, parsed, len(body))
+        changed = parsed.names_model and request.target_model != parsed.model
+        if changed:
+            body = with_model(body, request.target_model)
+        labels = self._labels(request)
+        self.telemetry.requests.labels(*labels).inc()
+        self.telemetry.size_bytes.labels(*labels).observe(len(body))
+        began_s = time.perf_counter()
+        try:
+            decision = self.router.choose(request, route.subset, self.clock())
+        except RequestError as error:
+            self.telemetry.errors.labels(*labels, error.code).inc()
+            self.telemetry.attempts.labels("failure", request.target_model, "", "", "").inc()
+            raise
+        self.telemetry.scheduler_s.observe(time.perf_counter() - began_s)
+        self._observe_choice(decision, labels)
+        return Routed(decision, body, changed)
+
+    def route_blindly(self, route: Route) -> tuple[Endpoint, str]:
+        """For a request without a body: an endpoint, and a request id to add if it has none."""
+        return self.router.choose_any(route.subset, self.clock()), _new_id()
+
+    def _request(self, headers: Mapping[str, str], parsed: Parsed, size_bytes: int) -> Request:
+        target = _first(headers, names.MODEL_REWRITE) or parsed.model
+        if parsed.names_model and not target:
+            raise BadRequest("model not found in request body")
+        return Request(
+            id=headers.get(names.REQUEST_ID) or _new_id(),
+            model=parsed.model,
+            target_model=target,
+            prompts=parsed.prompts,
+            input_tokens=sum(-(-len(p) // BYTES_PER_TOKEN) for p in parsed.prompts),
+            max_output_tokens=parsed.max_output_tokens,
+            streaming=parsed.streaming,
+            cache_salt=parsed.cache_salt,
+            fairness_id=_first(headers, names.FAIRNESS_ID) or "default-flow",
+            ttft_slo_ms=self._slo_ms(headers, names.TTFT_SLO_MS),
+            tpot_slo_ms=self._slo_ms(headers, names.TPOT_SLO_MS),
+            size_bytes=size_bytes,
+        )
+
+    def _slo_ms(self, headers: Mapping[str, str], which: tuple[str, ...]) -> float | None:
+        """A positive, finite number of milliseconds; anything else is counted and asks for nothing."""
+        text = _first(headers, which)
+        if not text:
+            return None
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if 0 < value <= MAX_SLO_MS:
+            return value
+        self.telemetry.ignored_headers.labels(which[0]).inc()
+        return None
+
+    def _labels(self, request: Request) -> tuple[str, str, str, str]:
+        return self.telemetry.labels(request.model, request.target_model, request.fairness_id, request.priority)
+
+    def _observe_choice(self, decision: Decision, labels: tuple[str, ...]) -> None:
+        t, best = self.telemetry, decision.picked[0]
+        t.attempts.labels(
+            "success", decision.request.target_model, best.name, best.namespace, str(best.port)
+        ).inc()
+        if decision.prediction is not None:
+            t.predicted_ttft_s.labels(*labels).observe(decision.prediction.ttft_ms / 1e3)
+            t.predicted_tpot_s.labels(*labels).observe(decision.prediction.tpot_ms / 1e3)
+
+    def first_token(self, ticket: str) -> None:
+        self.router.first_token(ticket, self.clock())
+
+    def expect_first_token(self, decision: Decision) -> None:
+        """The lean path does not show it; take the prediction's word."""
+        if decision.prediction is not None:
+            self.router.expect_first_token(decision.ticket, decision.at_s + decision.prediction.ttft_ms / 1e3)
+
+    def finish(self, ticket: str, outcome: Outcome) -> None:
+        now_s = self.clock()
+        decision = self.router.finish(ticket, outcome, now_s)
+        if decision is not None:
+            self._observe_end(decision, outcome, now_s)
+            if self._outcome_log is not None:
+                self._outcome_log.info("%s", outcome_line(decision, outcome, now_s))
+
+    def _observe_end(self, decision: Decision, outcome: Outcome, now_s: float) -> None:
+        t, request = self.telemetry, decision.request
+        labels = self._labels(request)
+        t.duration_s.labels(*labels).observe(now_s - decision.at_s)
+        if outcome.end is not End.FINISHED or outcome.status >= 400:
+            code = "ModelServerError" if outcome.end is End.FINISHED else outcome.end.value
+            t.errors.labels(*labels, code).inc()
+            return
+        input_tokens = outcome.prompt_tokens or request.input_tokens
+        for histogram, value in (
+            (t.input_tokens, input_tokens),
+            (t.output_tokens, outcome.output_tokens),
+            (t.cached_tokens, outcome.cached_tokens),
+            (t.response_bytes, outcome.response_bytes),
+        ):
+            if value:
+                histogram.labels(*labels).observe(value)
+        if outcome.ttft_ms is not None:
+            t.ttft_s.labels(*labels, str(outcome.streamed).lower()).observe(outcome.ttft_ms / 1e3)
+        if outcome.tpot_ms is not None:
+            t.tpot_s.labels(*labels).observe(outcome.tpot_ms / 1e3)
+
+
+def outcome_line(decision: Decision, outcome: Outcome, now_s: float) -> str:
+    """One request as a JSON object: the decision's trace beside what became of it."""
+    p = decision.prediction
+    record: dict[str, Any] = {
+        "time_s": round(time.time(), 3),
+        "request_id": decision.request.id,
+        "model": decision.request.target_model,
+        "endpoint": decision.picked[0].key,
+        "destination": decision.picked[0].hostport,
+        "scores": {hostport: round(score, 4) for hostport, score in decision.scores.items()},
+        "explored": decision.explored,
+        "model_version": p.model_version if p else None,
+        "predicted_ttft_ms": round(p.ttft_ms, 3) if p else None,
+        "predicted_tpot_ms": round(p.tpot_ms, 3) if p else None,
+        "end": outcome.end.value,
+        "status": outcome.status,
+        "ttft_ms": _rounded(outcome.ttft_ms),
+        "tpot_ms": _rounded(outcome.tpot_ms),
+        "e2e_ms": _rounded(outcome.e2e_ms),
+        "input_tokens": decision.request.input_tokens,
+        "prompt_tokens": outcome.prompt_tokens,
+        "cached_tokens": outcome.cached_tokens,
+        "output_tokens": outcome.output_tokens,
+        "open_s": round(now_s - decision.at_s, 4),
+    }
+    return msgspec.json.encode(record).decode()
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+def _first(headers: Mapping[str, str], which: tuple[str, ...]) -> str:
+    """Canonical name first, then its aliases."""
+    return next((headers[name] for name in which if name in headers), "")
+
+
+def _path(headers: Mapping[str, str]) -> str:
+    return _first(headers, names.PATHS)
+
+
+def _new_id() -> str:
+    return str(uuid.uuid4())

@@ -1,0 +1,234 @@
+"""One ext_proc stream as a state machine: messages in, events out; no I/O, no clock.
+
+One stream is one HTTP request. Envoy says in the first message how it will send the bodies, and that decides the path.
+
+Lean (request BUFFERED, response not sent)
+
+    request_headers    -> an empty reply, or Route when there is no body
+    request_body       -> Route; when routed, a header mutation in the body reply. Nothing follows: what became of
+                          the request comes with the access log.
+
+Duplex (both bodies FULL_DUPLEX_STREAMED; also assumed when Envoy does not say)
+
+    request_headers    -> nothing yet (the reply is deferred), or Route when there is no body
+    request_body ...   -> collected; at its end Route; when routed, the headers reply, then the body in chunks
+    request_trailers   -> ends a body that was not ended; answered after it
+    response_headers   -> a marker header
+    response_body ...  -> echoed at once; the first is FirstToken, the last Ended
+    response_trailers  -> answered; Ended
+
+A stream that stops anywhere else was aborted: ``peer_closed`` tells. ``Ended`` comes exactly once for a routed duplex
+request and never on the lean path.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+import msgspec
+
+from llmd_sched import headers as names
+from llmd_sched.errors import PayloadTooLarge, RequestError, UnsupportedMode
+from llmd_sched.extproc import messages
+from llmd_sched.extproc.messages import ProcessingRequest, ProcessingResponse
+from llmd_sched.extproc.reply import ReplyReader
+from llmd_sched.types import Decision, End, Endpoint, Outcome
+from llmd_sched.wire import ext_proc_pb2, processing_mode_pb2
+
+_Mode = processing_mode_pb2.ProcessingMode
+
+
+class Path(enum.Enum):
+    LEAN = "lean"
+    DUPLEX = "duplex"
+
+
+class Route(msgspec.Struct, frozen=True):
+    """The request is here in full: choose an endpoint, then call ``routed``, ``routed_blindly`` or ``refused``."""
+
+    headers: Mapping[str, str]
+    body: bytes | None
+    """None for a request without a body."""
+    subset: frozenset[str] | None
+
+
+class FirstToken(msgspec.Struct, frozen=True):
+    """The first byte of a successful streamed reply."""
+
+
+class Ended(msgspec.Struct, frozen=True):
+    outcome: Outcome
+
+
+Event: TypeAlias = ext_proc_pb2.ProcessingResponse | Route | FirstToken | Ended
+
+
+class Session:
+    """``receive``, ``routed``, ``refused`` and ``peer_closed`` return what follows from them, in order."""
+
+    def __init__(self, max_body_bytes: int, *, honour_subset: bool = True, emit_scores: bool = False) -> None:
+        self.path = Path.DUPLEX
+        self.done = False
+        """Everything is answered; the driver closes the stream."""
+        self._max_body_bytes = max_body_bytes
+        self._honour_subset = honour_subset
+        self._emit_scores = emit_scores
+        self._first = True
+        self._headers: dict[str, str] = {}
+        self._request_id = ""
+        self._chunks: list[bytes] = []
+        self._size_bytes = 0
+        self._route_asked = False
+        self._has_trailers = False
+        self._reply: ReplyReader | None = None
+
+    def receive(self, message: ext_proc_pb2.ProcessingRequest, now_s: float) -> list[Event]:
+        kind = message.WhichOneof("request")
+        if kind is None or self.done:
+            return []
+        try:
+            if self._first:
+                self._first = False
+                self._learn_path(message)
+            return _RECEIVE[kind](self, message, now_s)
+        except RequestError as error:
+            return self.refused(error)
+
+    def _learn_path(self, message: ext_proc_pb2.ProcessingRequest) -> None:
+        if not message.HasField("protocol_config"):
+            return
+        mode = message.protocol_config.request_body_mode
+        if mode == _Mode.BUFFERED:
+            self.path = Path.LEAN
+        elif mode != _Mode.FULL_DUPLEX_STREAMED:
+            raise UnsupportedMode(
+                f"request_body_mode {_Mode.BodySendMode.Name(mode)} is not supported; "
+                "configure ext_proc with FULL_DUPLEX_STREAMED (duplex path) or BUFFERED (lean path)"
+            )
+
+    def _request_headers(self, message: ext_proc_pb2.ProcessingRequest, now_s: float) -> list[Event]:
+        received = message.request_headers
+        self._headers = messages.header_map(received.headers)
+        if received.end_of_stream:
+            return [self._ask_route(message, None)]
+        declared = self._headers.get(names.CONTENT_LENGTH, "")
+        if declared.isdigit():
+            self._check_size(int(declared))
+        if self.path is Path.LEAN:
+            return [ProcessingResponse(request_headers=ext_proc_pb2.HeadersResponse())]
+        return []
+
+    def _request_body(self, message: ext_proc_pb2.ProcessingRequest, now_s: float) -> list[Event]:
+        if self._route_asked:
+            return []
+        chunk = message.request_body
+        self._size_bytes += len(chunk.body)
+        self._check_size(self._size_bytes)
+        self._chunks.append(chunk.body)
+        if self.path is Path.DUPLEX and not chunk.end_of_stream:
+            return []
+        return [self._ask_route(message, b"".join(self._chunks))]
+
+    def _request_trailers(self, message: ext_proc_pb2.ProcessingRequest, now_s: float) -> list[Event]:
+        trailers = ProcessingResponse(request_trailers=ext_proc_pb2.TrailersResponse())
+        if self._route_asked:
+            return [trailers]
+        self._has_trailers = True
+        return [self._ask_route(message, b"".join(self._chunks))]
+
+    def _check_size(self, size_bytes: int) -> None:
+        if size_bytes > self._max_body_bytes:
+            raise PayloadTooLarge(f"request body of {size_bytes} bytes exceeds the limit of {self._max_body_bytes}")
+
+    def _ask_route(self, message: ext_proc_pb2.ProcessingRequest, body: bytes | None) -> Route:
+        self._route_asked = True
+        self._chunks.clear()
+        return Route(self._headers, body, messages.subset_hint(message) if self._honour_subset else None)
+
+    def routed(self, decision: Decision, body: bytes, now_s: float, *, body_changed: bool = False) -> list[Event]:
+        """The replies that send the request on. ``body`` is what goes upstream."""
+        destination = ",".join(e.hostport for e in decision.picked)
+        headers = {names.DESTINATION: destination}
+        if names.REQUEST_ID not in self._headers:
+            headers[names.REQUEST_ID] = decision.request.id
+        if self.path is Path.DUPLEX or body_changed:
+            headers[names.CONTENT_LENGTH] = str(len(body))
+        common = messages.routing(messages.set_headers(headers))
+        metadata = messages.decision_metadata(destination, decision, emit_scores=self._emit_scores)
+        if self.path is Path.LEAN:
+            self.done = True
+            if body_changed:
+                common.body_mutation.body = body
+            reply = ext_proc_pb2.BodyResponse(response=common)
+            return [ProcessingResponse(request_body=reply, dynamic_metadata=metadata)]
+        self._reply = ReplyReader(streaming=decision.request.streaming, sent_s=now_s)
+        replies: list[Event] = [
+            ProcessingResponse(
+                request_headers=ext_proc_pb2.HeadersResponse(response=common), dynamic_metadata=metadata
+            )
+        ]
+        pieces = messages.streamed_body(body, end_of_stream=not self._has_trailers)
+        replies += [ProcessingResponse(request_body=piece) for piece in pieces]
+        if self._has_trailers:
+            replies.append(ProcessingResponse(request_trailers=ext_proc_pb2.TrailersResponse()))
+        return replies
+
+    def routed_blindly(self, endpoint: Endpoint, request_id: str) -> list[Event]:
+        """The reply for a request without a body; nobody follows what becomes of it."""
+        headers = {names.DESTINATION: endpoint.hostport}
+        if names.REQUEST_ID not in self._headers:
+            headers[names.REQUEST_ID] = request_id
+        reply = ext_proc_pb2.HeadersResponse(response=messages.routing(messages.set_headers(headers)))
+        metadata = messages.decision_metadata(endpoint.hostport, None, emit_scores=False)
+        self.done = self.path is Path.LEAN
+        return [ProcessingResponse(request_headers=reply, dynamic_metadata=metadata)]
+
+    def refused(self, error: RequestError) -> list[Event]:
+        self.done = True
+        return [messages.refusal(error)]
+
+    def _response_headers(self, message: ext_proc_pb2.ProcessingRequest, now_s: float) -> list[Event]:
+        received = message.response_headers
+        reply = ext_proc_pb2.HeadersResponse()
+        reply.response.header_mutation.CopyFrom(messages.set_headers({names.WENT_INTO_RESPONSE: "true"}))
+        events: list[Event] = [ProcessingResponse(response_headers=reply)]
+        if self._reply is not None:
+            self._reply.headers(messages.header_map(received.headers))
+        return events + (self._end(now_s) if received.end_of_stream else [])
+
+    def _response_body(self, message: ext_proc_pb2.ProcessingRequest, now_s: float) -> list[Event]:
+        chunk = message.response_body
+        events: list[Event] = []
+        if self._reply is not None and chunk.body and self._reply.body(chunk.body, now_s):
+            events.append(FirstToken())
+        for piece in messages.streamed_body(chunk.body, end_of_stream=chunk.end_of_stream):
+            events.append(ProcessingResponse(response_body=piece))  # noqa: PERF401 (nearly always one)
+        return events + self._end(now_s) if chunk.end_of_stream else events
+
+    def _response_trailers(self, message: ext_proc_pb2.ProcessingRequest, now_s: float) -> list[Event]:
+        return [ProcessingResponse(response_trailers=ext_proc_pb2.TrailersResponse()), *self._end(now_s)]
+
+    def _end(self, now_s: float) -> list[Event]:
+        self.done = True
+        return self._outcome(End.FINISHED, now_s)
+
+    def peer_closed(self, now_s: float) -> list[Event]:
+        """The stream is gone. On the duplex path a routed request that had not ended was aborted."""
+        self.done = True
+        return self._outcome(End.ABORTED, now_s)
+
+    def _outcome(self, end: End, now_s: float) -> list[Event]:
+        reply, self._reply = self._reply, None
+        return [] if reply is None else [Ended(reply.outcome(end, now_s))]
+
+
+_RECEIVE: dict[str, Callable[[Session, ProcessingRequest, float], list[Event]]] = {
+    "request_headers": Session._request_headers,
+    "request_body": Session._request_body,
+    "request_trailers": Session._request_trailers,
+    "response_headers": Session._response_headers,
+    "response_body": Session._response_body,
+    "response_trailers": Session._response_trailers,
+}

@@ -1,0 +1,257 @@
+"""OpenAI request bodies, and token usage out of replies.
+
+A body is decoded once, into just the fields that matter; everything else is skipped without being built. Text is kept
+as bytes: four of them count as one token (the reference's estimate), so no tokenizer is needed.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from llmd_sched.errors import BadRequest
+from llmd_sched.plugin import Parsed, Parser
+
+IMAGE_TOKENS = 225
+"""An image of unknown size: 640 x 360 pixels at 1024 pixels per token."""
+
+
+class _Body(msgspec.Struct):
+    model: str = ""
+    stream: bool | None = None
+    cache_salt: str | None = None
+
+
+class _Completion(_Body):
+    prompt: str | list[str | int | list[int]] | None = None
+    max_tokens: int | None = None
+
+
+class _Part(msgspec.Struct):
+    type: str = "text"
+    text: str | None = None
+    image_url: dict[str, Any] | str | None = None
+
+
+class _Message(msgspec.Struct):
+    role: str
+    content: str | list[_Part] | None = None
+
+
+class _Chat(_Body):
+    messages: list[_Message] | None = None
+    tools: msgspec.Raw | None = None
+    max_completion_tokens: int | None = None
+    max_tokens: int | None = None
+
+
+class _Input(_Body):
+    input: msgspec.Raw | None = None
+    instructions: msgspec.Raw | None = None
+    tools: msgspec.Raw | None = None
+    max_output_tokens: int | None = None
+
+
+class _Image(_Body):
+    prompt: str | None = None
+
+
+class _Conversation(_Body):
+    items: msgspec.Raw | None = None
+
+
+_COMPLETION = msgspec.json.Decoder(_Completion)
+_CHAT = msgspec.json.Decoder(_Chat)
+_INPUT = msgspec.json.Decoder(_Input)
+_IMAGE = msgspec.json.Decoder(_Image)
+_CONVERSATION = msgspec.json.Decoder(_Conversation)
+
+
+class OpenAIParser(Parser, frozen=True):
+    """Chat completions, completions, embeddings, responses, conversations, image generations and the render paths."""
+
+    def parse(self, path: str, body: bytes) -> Parsed:
+        kind = next(k for s, k in _KINDS.items() if path.endswith(s))
+        try:
+            return _READERS[kind](body)
+        except (msgspec.DecodeError, UnicodeDecodeError) as e:
+            raise BadRequest(f"error unmarshaling request bodyMap: {e}") from None
+
+
+_KINDS = {
+    "chat/completions/render": "chat",
+    "chat/completions": "chat",
+    "completions/render": "completion",
+    "completions": "completion",
+    "embeddings": "input",
+    "responses": "input",
+    "conversations": "conversation",
+    "images/generations": "image",
+}
+OpenAIParser.suffixes = tuple(_KINDS)
+
+
+def _completion(body: bytes) -> Parsed:
+    b = _COMPLETION.decode(body)
+    if not b.prompt:
+        raise BadRequest("invalid completions request: must have prompt field")
+    return _parsed(b, _prompts(b.prompt), b.max_tokens)
+
+
+def _prompts(prompt: str | list[Any]) -> tuple[bytes, ...]:
+    if isinstance(prompt, str):
+        return (prompt.encode(),)
+    kinds = {type(p) for p in prompt}
+    if kinds == {str}:
+        return tuple(p.encode() for p in prompt)
+    if kinds == {int}:
+        return (_token_bytes(prompt),)
+    if kinds == {list}:
+        return tuple(_token_bytes(ids) for ids in prompt)
+    raise BadRequest("invalid completions request: prompt must be a string, strings, token ids or lists of token ids")
+
+
+def _token_bytes(ids: Sequence[int]) -> bytes:
+    """Token ids as little-endian uint32, so that four bytes are one token here too."""
+    try:
+        return b"".join(i.to_bytes(4, "little") for i in ids)
+    except OverflowError:
+        raise BadRequest("invalid completions request: token ids must be between 0 and 4294967295") from None
+
+
+def _chat(body: bytes) -> Parsed:
+    b = _CHAT.decode(body)
+    if not b.messages:
+        raise BadRequest("invalid chat completions request: must have valid messages field")
+    pieces = [bytes(b.tools)] if b.tools else []
+    for message in b.messages:
+        pieces.append(message.role.encode())
+        if isinstance(message.content, str):
+            pieces.append(message.content.encode())
+        else:
+            for part in message.content or ():
+                _append_part(pieces, part)
+    return _parsed(b, (b"".join(pieces),), b.max_completion_tokens or b.max_tokens)
+
+
+def _append_part(pieces: list[bytes], part: _Part) -> None:
+    if part.text is not None:
+        pieces.append(part.text.encode())
+    elif part.image_url is not None:
+        url = part.image_url.get("url", "") if isinstance(part.image_url, dict) else part.image_url
+        # An image must not shift what follows: align, then stand-in tokens that differ from image to image.
+        pieces.append(bytes(-sum(map(len, pieces)) % 4))
+        pieces.append(zlib.crc32(url.encode()).to_bytes(4, "little") * IMAGE_TOKENS)
+
+
+def _input(body: bytes) -> Parsed:
+    b = _INPUT.decode(body)
+    if not b.input or bytes(b.input) in (b"null", b'""', b"[]"):
+        raise BadRequest("invalid request: must have input field")
+    parts = [bytes(p) for p in (b.instructions, b.tools, b.input) if p]
+    return _parsed(b, (b"".join(parts),), b.max_output_tokens)
+
+
+def _image(body: bytes) -> Parsed:
+    b = _IMAGE.decode(body)
+    if not b.prompt:
+        raise BadRequest("invalid images request: must have prompt field")
+    return _parsed(b, (b.prompt.encode(),), None)
+
+
+def _conversation(body: bytes) -> Parsed:
+    b = _CONVERSATION.decode(body)
+    if not b.items or bytes(b.items) in (b"null", b"[]"):
+        raise BadRequest("invalid conversations request: must have items field")
+    return _parsed(b, (bytes(b.items),), None)
+
+
+_READERS = {
+    "completion": _completion,
+    "chat": _chat,
+    "input": _input,
+    "image": _image,
+    "conversation": _conversation,
+}
+
+
+def _parsed(body: _Body, prompts: tuple[bytes, ...], max_output_tokens: int | None) -> Parsed:
+    return Parsed(
+        model=body.model,
+        prompts=prompts,
+        max_output_tokens=max_output_tokens,
+        streaming=bool(body.stream),
+        cache_salt=body.cache_salt or "",
+    )
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class Usage(msgspec.Struct):
+    """The ``usage`` object of a reply. ``input_tokens`` and ``output_tokens`` are the Responses API's names."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+    input_tokens_details: _Details | None = None
+
+    @property
+    def prompt(self) -> int | None:
+        return self.prompt_tokens if self.prompt_tokens is not None else self.input_tokens
+
+    @property
+    def output(self) -> int | None:
+        return self.completion_tokens if self.completion_tokens is not None else self.output_tokens
+
+    @property
+    def cached(self) -> int | None:
+        details = self.prompt_tokens_details or self.input_tokens_details
+        return details.cached_tokens if details else None
+
+
+_USAGE = msgspec.json.Decoder(Usage)
+_USAGE_KEY = b'"usage"'
+
+
+def usage_in_tail(tail: bytes) -> Usage | None:
+    """The last complete ``usage`` object in the final bytes of a reply, streamed or whole; None if there is none."""
+    at = tail.rfind(_USAGE_KEY)
+    while at >= 0:
+        text = tail[at + len(_USAGE_KEY) :].lstrip(b" :\n")
+        if text.startswith(b"{") and (end := _object_end(text)):
+            try:
+                return _USAGE.decode(text[:end])
+            except msgspec.DecodeError:
+                pass
+        at = tail.rfind(_USAGE_KEY, 0, at)
+    return None
+
+
+def _object_end(text: bytes) -> int:
+    """Length of the JSON object ``text`` starts with; 0 if it is cut short. Usage holds no strings with braces."""
+    depth = 0
+    for i, c in enumerate(text):
+        if c == 0x7B:
+            depth += 1
+        elif c == 0x7D:
+            depth -= 1
+            if not depth:
+                return i + 1
+    return 0
+
+
+_OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+def with_model(body: bytes, model: str) -> bytes:
+    """``body`` with another ``model``. All other values keep their very bytes, and the order stays."""
+    fields = _OBJECT.decode(body)
+    fields["model"] = msgspec.Raw(msgspec.json.encode(model))
+    return b"{" + b",".join(msgspec.json.encode(k) + b":" + bytes(v) for k, v in fields.items()) + b"}"

@@ -1,0 +1,132 @@
+"""The live endpoints and what was last read of them, as columns.
+
+An endpoint whose metrics are missing or stale never looks idle: it is shown with the worst value among the endpoints
+that were read in time, or its own last value if that is worse. One that refuses connections is left out while any
+other can be reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from llmd_sched.types import Array, Candidates, Endpoint
+
+STALE_AFTER_S = 2.0
+UNREACHABLE_AFTER_FAILURES = 2
+NEVER_READ_AGE_S = 1e6
+
+GAUGES = ("waiting", "running", "kv_usage")
+FACTS = ("block_tokens", "cache_blocks")
+
+
+class Load(msgspec.Struct, frozen=True):
+    """What one scrape said. None = the page did not have it, so the last value stands."""
+
+    waiting: float | None = None
+    running: float | None = None
+    kv_usage: float | None = None
+    block_tokens: float | None = None
+    cache_blocks: float | None = None
+
+
+class Pool:
+    """Endpoints in the order they were discovered. Not thread safe: one event loop owns it."""
+
+    def __init__(self, stale_after_s: float = STALE_AFTER_S) -> None:
+        self.stale_after_s = stale_after_s
+        self.endpoints: list[Endpoint] = []
+        self.on_change: list[Callable[[list[Endpoint]], None]] = []
+        self._position: dict[str, int] = {}
+        self._columns: dict[str, Array] = {name: np.zeros(0) for name in GAUGES + FACTS}
+        self._read_at_s: Array = np.zeros(0)
+        self._failures: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.endpoints)
+
+    def apply(self, endpoints: Iterable[Endpoint]) -> None:
+        """Make these the members. One that keeps its identity and address keeps what is known of it."""
+        old, old_position = self.endpoints, self._position
+        self.endpoints = list({e.key: e for e in endpoints}.values())
+        self._position = {e.key: i for i, e in enumerate(self.endpoints)}
+        source = np.array(
+            [
+                old_position[e.key]
+                if e.key in old_position and old[old_position[e.key]].hostport == e.hostport
+                else len(old)
+                for e in self.endpoints
+            ],
+            dtype=np.intp,
+        )
+        self._columns = {name: np.append(column, 0.0)[source] for name, column in self._columns.items()}
+        self._read_at_s = np.append(self._read_at_s, -np.inf)[source]
+        self._failures = np.append(self._failures, 0)[source]
+        for tell in self.on_change:
+            tell(self.endpoints)
+
+    def position(self, key: str) -> int | None:
+        return self._position.get(key)
+
+    def record(self, endpoint: Endpoint, load: Load, now_s: float) -> None:
+        """A page was read. Metrics count as fresh only if it had at least one of the gauges."""
+        i = self._current(endpoint)
+        if i is None:
+            return
+        self._failures[i] = 0
+        for name in GAUGES + FACTS:
+            value = getattr(load, name)
+            if value is not None:
+                self._columns[name][i] = value
+        if any(getattr(load, name) is not None for name in GAUGES):
+            self._read_at_s[i] = now_s
+
+    def record_failure(self, endpoint: Endpoint) -> None:
+        """The endpoint could not be connected to."""
+        i = self._current(endpoint)
+        if i is not None:
+            self._failures[i] += 1
+
+    def _current(self, endpoint: Endpoint) -> int | None:
+        """Its position, unless it was replaced by one at another address meanwhile."""
+        i = self._position.get(endpoint.key)
+        return i if i is not None and self.endpoints[i].hostport == endpoint.hostport else None
+
+    def fresh(self, now_s: float) -> NDArray[np.bool_]:
+        return now_s - self._read_at_s <= self.stale_after_s
+
+    def candidates(self, subset: Collection[str] | None, now_s: float) -> Candidates:
+        """The endpoints a request may go to. ``subset`` holds ``ip:port`` or ``ip`` (None = no restriction)."""
+        columns = self.columns(now_s)
+        keep = self._failures < UNREACHABLE_AFTER_FAILURES
+        if subset is not None:
+            allowed = np.array([e.hostport in subset or e.address in subset for e in self.endpoints], dtype=bool)
+            keep &= allowed
+            keep = keep if keep.any() else allowed
+        elif not keep.any():
+            keep = np.ones(len(self.endpoints), dtype=bool)
+        view = Candidates(self.endpoints, columns)
+        return view if keep.all() else view.keep(keep).compact()
+
+    def columns(self, now_s: float) -> dict[str, Array]:
+        """Every column of every endpoint, pessimistic where nothing fresh is known."""
+        age_s = np.minimum(now_s - self._read_at_s, NEVER_READ_AGE_S)
+        fresh = age_s <= self.stale_after_s
+        columns = {name: self._columns[name].copy() for name in FACTS}
+        for name in GAUGES:
+            values = self._columns[name].copy()
+            if not fresh.all():
+                values[~fresh] = np.maximum(values[~fresh], self._worst(name, values, fresh))
+            columns[name] = values
+        columns["metrics_age_s"] = age_s
+        return columns
+
+    @staticmethod
+    def _worst(name: str, values: Array, fresh: NDArray[np.bool_]) -> float:
+        if fresh.any():
+            return float(values[fresh].max())
+        # Nothing at all is known of the pool: full and queueing, rather than free and idle.
+        return 1.0 if name == "kv_usage" else max(1.0, float(values.max(initial=0.0)))

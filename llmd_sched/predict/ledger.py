@@ -1,0 +1,131 @@
+"""Predictions whose outcome is still open, and how well settled ones did."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, OrderedDict
+
+from llmd_sched.types import End, Outcome, Prediction, Sample
+
+_MEMORY = 200
+"""A running mean weighs its last few hundred entries; older ones fade."""
+_VERSIONS_KEPT = 8
+
+
+class RunningError:
+    """Running mean of the absolute percentage error of one target."""
+
+    __slots__ = ("count", "mape_pct")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mape_pct = math.nan
+
+    def add(self, predicted_ms: float, measured_ms: float) -> None:
+        error_pct = 100.0 * abs(predicted_ms - measured_ms) / measured_ms
+        self.count += 1
+        if self.count == 1:
+            self.mape_pct = error_pct
+        else:
+            self.mape_pct += (error_pct - self.mape_pct) / min(self.count, _MEMORY)
+
+
+class Accuracy:
+    """How far predictions were from what was then measured: running errors of both targets."""
+
+    __slots__ = ("tpot", "ttft")
+
+    def __init__(self) -> None:
+        self.ttft = RunningError()
+        self.tpot = RunningError()
+
+    def add(self, sample: Sample) -> None:
+        if sample.ttft_ms is not None:
+            self.ttft.add(sample.predicted_ttft_ms, sample.ttft_ms)
+        if sample.tpot_ms is not None:
+            self.tpot.add(sample.predicted_tpot_ms, sample.tpot_ms)
+
+
+class Ledger:
+    """Open predictions by ticket: at most ``cap`` (the oldest goes first), each for at most ``ttl_s``.
+
+    ``counts`` has one number per fate: settled, evicted, expired, and the reasons an outcome gave no sample: unknown,
+    aborted, failed, empty (no token came), unlabelled (complete, but nothing in it is a measurement).
+    """
+
+    def __init__(self, cap: int = 100_000, ttl_s: float = 900.0) -> None:
+        self._cap, self._ttl_s = cap, ttl_s
+        self._open: OrderedDict[str, tuple[Prediction, float, bool]] = OrderedDict()
+        self.counts: Counter[str] = Counter()
+        self.accuracy = Accuracy()
+        self.accuracy_by_version: OrderedDict[int, Accuracy] = OrderedDict()
+        """The last few model versions, oldest first."""
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def open(self, ticket: str, prediction: Prediction, at_s: float, explored: bool = False) -> None:
+        """Remember what was predicted. Times must not run backwards between calls."""
+        if len(self._open) >= self._cap:
+            self._open.popitem(last=False)
+            self.counts["evicted"] += 1
+        self._open[ticket] = (prediction, at_s, explored)
+
+    def settle(self, ticket: str, outcome: Outcome, now_s: float) -> Sample | None:
+        """Close the prediction and make a sample of it; None, counted by reason, when it teaches nothing.
+
+        Only a complete and successful reply is a label, and only a streamed one shows its first token.
+        """
+        entry = self._open.pop(ticket, None)
+        if entry is None:
+            self.counts["unknown"] += 1
+            return None
+        fate, ttft_ms, tpot_ms = _labels(outcome)
+        self.counts[fate] += 1
+        if fate != "settled":
+            return None
+        prediction, _, explored = entry
+        sample = Sample(
+            row=prediction.row,
+            ttft_ms=ttft_ms,
+            tpot_ms=tpot_ms,
+            predicted_ttft_ms=prediction.ttft_ms,
+            predicted_tpot_ms=prediction.tpot_ms,
+            model_version=prediction.model_version,
+            at_s=now_s,
+            explored=explored,
+        )
+        self._judge(sample)
+        return sample
+
+    def expire(self, now_s: float) -> int:
+        """Forget predictions older than ``ttl_s``; returns how many."""
+        before = self.counts["expired"]
+        while self._open and now_s - next(iter(self._open.values()))[1] > self._ttl_s:
+            self._open.popitem(last=False)
+            self.counts["expired"] += 1
+        return self.counts["expired"] - before
+
+    def _judge(self, sample: Sample) -> None:
+        version = self.accuracy_by_version.setdefault(sample.model_version, Accuracy())
+        if len(self.accuracy_by_version) > _VERSIONS_KEPT:
+            self.accuracy_by_version.popitem(last=False)
+        self.accuracy.add(sample)
+        version.add(sample)
+
+
+def _labels(outcome: Outcome) -> tuple[str, float | None, float | None]:
+    """(fate, ttft_ms, tpot_ms) of an outcome; the labels are None unless the fate is "settled"."""
+    if outcome.end is not End.FINISHED:
+        return "aborted", None, None
+    if outcome.status != 200:
+        return "failed", None, None
+    if outcome.output_tokens == 0:
+        return "empty", None, None
+    ttft_ms = _positive(outcome.ttft_ms) if outcome.streamed else None
+    tpot_ms = _positive(outcome.tpot_ms)
+    return ("unlabelled" if ttft_ms is None and tpot_ms is None else "settled"), ttft_ms, tpot_ms
+
+
+def _positive(value_ms: float | None) -> float | None:
+    return value_ms if value_ms is not None and math.isfinite(value_ms) and value_ms > 0.0 else None

@@ -1,0 +1,51 @@
+"""Pickers: scores -> an order of preference. The first ``maxNumOfEndpoints`` go into the destination header."""
+
+from __future__ import annotations
+
+from random import Random
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmd_sched.plugin import Picker
+from llmd_sched.types import Array
+
+
+class MaxScorePicker(Picker, frozen=True):
+    """The highest score; ties at random."""
+
+    def order(self, scores: Array, rng: Random) -> NDArray[np.intp]:
+        shuffled = _shuffled(len(scores), rng)
+        return shuffled[np.argsort(-scores[shuffled], kind="stable")]
+
+
+class RandomPicker(Picker, frozen=True):
+    """Any candidate, whatever its score."""
+
+    def order(self, scores: Array, rng: Random) -> NDArray[np.intp]:
+        return _shuffled(len(scores), rng)
+
+
+class WeightedRandomPicker(Picker, frozen=True):
+    """At random in proportion to the score, without replacement.
+
+    Efraimidis and Spirakis (2006): the largest keys U^(1/score) win. Scores of 0 or less come last, at random.
+    """
+
+    def order(self, scores: Array, rng: Random) -> NDArray[np.intp]:
+        keys = np.array([rng.random() ** (1.0 / s) if s > 0 else 0.0 for s in scores.tolist()])
+        shuffled = _shuffled(len(scores), rng)
+        return shuffled[np.argsort(-keys[shuffled], kind="stable")]
+
+
+def _shuffled(n: int, rng: Random) -> NDArray[np.intp]:
+    order = list(range(n))
+    rng.shuffle(order)
+    return np.array(order, dtype=np.intp)
+
+
+PICKERS: dict[str, type[Picker]] = {
+    "max-score-picker": MaxScorePicker,
+    "random-picker": RandomPicker,
+    "weighted-random-picker": WeightedRandomPicker,
+}

@@ -1,0 +1,43 @@
+"""A scheduling profile: filters in order, weighted scorers, one picker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmd_sched.errors import NoneLeft
+from llmd_sched.plugin import Filter, Picker, Scorer
+from llmd_sched.types import Array, Candidates, Request
+
+
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """What a profile decided. ``order`` are rows of the candidates' columns, best first; ``scores`` is aligned with
+    ``scored``, the rows that were left after the filters."""
+
+    order: NDArray[np.intp]
+    scored: NDArray[np.intp]
+    scores: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    name: str
+    filters: tuple[Filter, ...]
+    scorers: tuple[tuple[Scorer, float], ...]
+    picker: Picker
+
+    def run(self, request: Request, candidates: Candidates, rng: Random) -> Picked:
+        """Raises NoneLeft when the filters leave nothing."""
+        for one in self.filters:
+            candidates = candidates.keep(one.keep(request, candidates, rng))
+            if not len(candidates):
+                raise NoneLeft("no endpoints available for the given request")
+        scores = np.zeros(len(candidates))
+        for scorer, weight in self.scorers:
+            scores += weight * np.clip(scorer.score(request, candidates), 0.0, 1.0)
+        order = self.picker.order(scores, rng)[: self.picker.max_num_of_endpoints]
+        return Picked(candidates.index[order], candidates.index, scores)
