@@ -22,7 +22,7 @@ from llmd_sched.types import Array
 class Recipe:
     """How to fit. The defaults were chosen on the recorded Qwen3-32B/H200 rows; all are flat around their value."""
 
-    trees: int = 80
+    trees: int = 60
     leaves: int = 15
     rate: float = 0.08
     bins: int = 63
@@ -35,7 +35,7 @@ class Recipe:
     """How many rows the preset's shape is worth."""
     least_held_out: int = 20
     most_held_out_share: float = 0.2
-    tolerance: float = 0.05
+    tolerance: float = 0.1
     """How much worse than the model in use (relative, and in absolute log error) still passes for noise."""
     monotone: bool = False
     """Constrain the trees by ``features.MONOTONE``. LightGBM refuses constraints under its L1 loss, and with Huber's
@@ -165,7 +165,7 @@ def _passes(candidate: Array, incumbent: Array, recipe: Recipe) -> bool:
     slack = 1.0 + recipe.tolerance
     mean_new, mean_old = (float(np.abs(np.expm1(error)).mean()) for error in (candidate, incumbent))
     median_new, median_old = (float(np.median(np.abs(error))) for error in (candidate, incumbent))
-    absolute = 0.2 * recipe.tolerance
+    absolute = 0.1 * recipe.tolerance
     return mean_new <= mean_old * slack + absolute and median_new <= median_old * slack + absolute
 
 

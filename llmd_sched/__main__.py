@@ -1,0 +1,206 @@
+"""``llmd-sched serve | up | sim-engine | envoy-config | check-config``: the command line.
+
+A mistake of the user's ends in one line on standard error and exit status 1 (2 for the command line itself).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llmd_sched import __version__
+from llmd_sched import config as configs
+from llmd_sched.errors import ConfigError, SchedError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="llmd-sched", description=__doc__.splitlines()[0].split(": ")[1])
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (text, add_arguments, run) in COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text)
+        add_arguments(sub)
+        sub.set_defaults(run=run)
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args) or 0)
+    except (SchedError, OSError) as error:
+        print(f"llmd-sched {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return text.lower() == "true"
+
+
+def _seconds(text: str) -> float:
+    try:
+        return configs.duration_s(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+
+
+def _read_config(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError as e:
+        raise ConfigError(f"cannot read the file: {e.strerror}", path) from None
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"not UTF-8 text: {e}", path) from None
+
+
+def _serve_arguments(p: argparse.ArgumentParser) -> None:
+    source = p.add_mutually_exclusive_group()
+    source.add_argument("--config-file", help="an EndpointPickerConfig; without one, the built-in default")
+    source.add_argument("--config-text", help="the same as text")
+    p.add_argument("--endpoints-file", default="", help="model servers, when the config has no discovery")
+    p.add_argument("--host", default="0.0.0.0", help="address of all three ports (%(default)s)")
+    p.add_argument("--grpc-port", type=int, default=9002, help="ext_proc and access logs (%(default)s)")
+    p.add_argument("--grpc-health-port", type=int, default=9003, help="gRPC health (%(default)s)")
+    p.add_argument("--metrics-port", type=int, default=9090, help="Prometheus (%(default)s)")
+    p.add_argument("--secure-serving", type=_boolean, default=True, nargs="?", const=True, metavar="BOOL",
+                   help="TLS on the ext_proc port, self-signed without --cert-path (true)")  # fmt: skip
+    p.add_argument("--cert-path", default="", help="folder with tls.crt and tls.key")
+    p.add_argument("--drain-timeout", type=_seconds, default=30.0, metavar="DURATION", help="after SIGTERM (30s)")
+    p.add_argument("--refresh-metrics-interval", type=_seconds, default=0.05, metavar="DURATION",
+                   help="between two reads of one endpoint's metrics, at least 50ms (50ms)")  # fmt: skip
+    p.add_argument("--metrics-staleness-threshold", type=_seconds, default=2.0, metavar="DURATION",
+                   help="older metrics count as unknown (2s)")  # fmt: skip
+    p.add_argument("--disable-endpoint-subset-filter", action="store_true", help="ignore the proxy's subset hint")
+    p.add_argument("--emit-endpoint-scores", action="store_true", help="add all scores to the dynamic metadata")
+    p.add_argument("--max-request-body-bytes", type=int, default=8 << 20, metavar="N",
+                   help="a longer body is answered with 413 (%(default)s)")  # fmt: skip
+    p.add_argument("--outcome-log", default="", metavar="FILE",
+                   help="append one JSON line per finished request: predicted and measured")  # fmt: skip
+    p.add_argument("--pool-name", default="default", help="label of the pool's metrics (%(default)s)")
+    p.add_argument("--seed", type=int, default=None, help="make random choices repeatable")
+    p.add_argument("-v", "--v", type=int, default=2, dest="verbosity", help="3 and more: debug (%(default)s)")
+
+
+def _serve(args: argparse.Namespace) -> int:
+    import uvloop
+
+    from llmd_sched.app import ServeSettings, serve
+    from llmd_sched.extproc.server import ServerSettings
+    from llmd_sched.telemetry import set_up_logging
+
+    set_up_logging(args.verbosity)
+    text = args.config_text or configs.DEFAULT_CONFIG
+    settings = ServeSettings(
+        config_text=_read_config(args.config_file) if args.config_file else text,
+        host=args.host,
+        grpc_port=args.grpc_port,
+        health_port=args.grpc_health_port,
+        metrics_port=args.metrics_port,
+        secure_serving=args.secure_serving,
+        cert_path=args.cert_path,
+        drain_timeout_s=args.drain_timeout,
+        scrape_interval_s=args.refresh_metrics_interval,
+        metrics_stale_after_s=args.metrics_staleness_threshold,
+        endpoints_file=args.endpoints_file,
+        outcome_log=args.outcome_log,
+        pool_name=args.pool_name,
+        seed=args.seed,
+        server=ServerSettings(
+            max_body_bytes=args.max_request_body_bytes,
+            honour_subset=not args.disable_endpoint_subset_filter,
+            emit_scores=args.emit_endpoint_scores,
+        ),
+    )
+    uvloop.run(serve(settings))
+    return 0
+
+
+def _check_config_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("file", help="an EndpointPickerConfig")
+
+
+def _check_config(args: argparse.Namespace) -> int:
+    import yaml
+
+    from llmd_sched.catalog import resolve
+
+    try:
+        resolved = resolve(configs.load(_read_config(args.file)))
+    except ConfigError as e:
+        print(f"{args.file}: {e}" if e.path != args.file else str(e), file=sys.stderr)
+        return 1
+    print(yaml.safe_dump(resolved.as_document(), sort_keys=False, default_flow_style=False), end="")
+    return 0
+
+
+def _envoy_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--path", choices=("lean", "duplex"), default="lean", help="data path (%(default)s)")
+    p.add_argument("--listen", default="0.0.0.0:8081", metavar="HOST:PORT", help="for clients (%(default)s)")
+    p.add_argument("--scheduler", default="127.0.0.1:9002", metavar="HOST:PORT", help="ext_proc (%(default)s)")
+    p.add_argument("--plain", action="store_true", help="no TLS to the scheduler (--secure-serving=false)")
+    p.add_argument("--fail-open", action="store_true", help="let requests pass when the scheduler is away")
+    p.add_argument("--admin-port", type=int, default=19000, help="0: no admin interface (%(default)s)")
+    p.add_argument("--max-request-body-bytes", type=int, default=8 << 20, metavar="N", help="as the scheduler's")
+
+
+def _envoy_config(args: argparse.Namespace) -> int:
+    from llmd_sched.extproc.envoy import EnvoySettings, render
+
+    host, _, port = args.listen.rpartition(":")
+    scheduler_host, _, scheduler_port = args.scheduler.rpartition(":")
+    for flag, text in (("--listen", port), ("--scheduler", scheduler_port)):
+        if not text.isdigit():
+            raise ConfigError("must be HOST:PORT", flag)
+    settings = EnvoySettings(
+        path=args.path,
+        listen_host=host.strip("[]"),
+        listen_port=int(port),
+        scheduler_host=scheduler_host.strip("[]"),
+        scheduler_port=int(scheduler_port),
+        scheduler_tls=not args.plain,
+        fail_open=args.fail_open,
+        admin_port=args.admin_port,
+        max_body_bytes=args.max_request_body_bytes,
+    )
+    print(render(settings), end="")
+    return 0
+
+
+def _engine_arguments(p: argparse.ArgumentParser) -> None:
+    from llmd_sched.sim.server import add_arguments
+
+    add_arguments(p)
+
+
+def _engine(args: argparse.Namespace) -> int:
+    from llmd_sched.sim.server import run
+
+    return run(args)
+
+
+def _up_arguments(p: argparse.ArgumentParser) -> None:
+    from llmd_sched.local import add_arguments
+
+    add_arguments(p)
+
+
+def _up(args: argparse.Namespace) -> int:
+    from llmd_sched.local import run
+
+    return run(args)
+
+
+COMMANDS: dict[
+    str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
+] = {
+    "serve": ("Run the endpoint picker.", _serve_arguments, _serve),
+    "up": ("Engines, scheduler and a real Envoy on this machine, a workload, a report.", _up_arguments, _up),
+    "sim-engine": ("One simulated vLLM server over HTTP.", _engine_arguments, _engine),
+    "envoy-config": ("Print the Envoy configuration of a data path.", _envoy_arguments, _envoy_config),
+    "check-config": ("Print a configuration with its defaults, or what is wrong with it.", _check_config_arguments, _check_config),
+}  # fmt: skip
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+import math
+
+import pytest
+
+from llmd_sched.predict.ledger import Ledger
+from llmd_sched.types import End, Outcome, Prediction
+
+PREDICTION = Prediction(row=(1.0, 2.0), ttft_ms=110.0, tpot_ms=18.0, model_version=4)
+STREAMED = Outcome(
+    end=End.FINISHED, status=200, ttft_ms=100.0, e2e_ms=300.0, output_tokens=11, streamed=True, prompt_tokens=5
+)
+
+
+def change(**fields: object) -> Outcome:
+    kept = {name: getattr(STREAMED, name) for name in STREAMED.__struct_fields__}
+    return Outcome(**{**kept, **fields})
+
+
+def settled(outcome: Outcome) -> tuple[object, Ledger]:
+    ledger = Ledger()
+    ledger.open("t", PREDICTION, 1.0, explored=True)
+    return ledger.settle("t", outcome, 2.0), ledger
+
+
+def test_a_streamed_reply_becomes_a_sample_with_both_labels() -> None:
+    ledger = Ledger()
+    ledger.open("t", PREDICTION, 1.0, explored=True)
+    sample = ledger.settle("t", STREAMED, 2.0)
+    assert sample is not None
+    assert (sample.row, sample.ttft_ms, sample.tpot_ms) == ((1.0, 2.0), 100.0, 20.0)
+    assert (sample.predicted_ttft_ms, sample.predicted_tpot_ms, sample.model_version) == (110.0, 18.0, 4)
+    assert (sample.at_s, sample.explored, len(ledger)) == (2.0, True, 0)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "fate"),
+    [
+        (change(end=End.ABORTED), "aborted"),
+        (change(end=End.UPSTREAM_FAILED), "aborted"),
+        (change(end=End.LOST), "aborted"),
+        (change(status=503), "failed"),
+        (change(output_tokens=0), "empty"),
+        (change(streamed=False), "unlabelled"),
+        (change(ttft_ms=None), "unlabelled"),
+        (change(ttft_ms=math.nan), "unlabelled"),
+        (change(ttft_ms=0.0, output_tokens=1), "unlabelled"),
+    ],
+)
+def test_an_outcome_that_teaches_nothing_is_counted_by_its_reason(outcome: Outcome, fate: str) -> None:
+    sample, ledger = settled(outcome)
+    assert sample is None
+    assert ledger.counts == {fate: 1}
+    assert len(ledger) == 0
+
+
+def test_a_single_token_still_shows_its_ttft() -> None:
+    sample, _ = settled(change(output_tokens=1))
+    assert (sample.ttft_ms, sample.tpot_ms) == (100.0, None)  # type: ignore[attr-defined]
+
+
+def test_a_ticket_settles_once() -> None:
+    _, ledger = settled(STREAMED)
+    assert ledger.settle("t", STREAMED, 3.0) is None
+    assert ledger.counts == {"settled": 1, "unknown": 1}
+
+
+def test_beyond_the_cap_the_oldest_prediction_goes() -> None:
+    ledger = Ledger(cap=2)
+    for number, ticket in enumerate("abc"):
+        ledger.open(ticket, PREDICTION, float(number))
+    assert len(ledger) == 2
+    assert ledger.settle("a", STREAMED, 9.0) is None
+    assert ledger.settle("c", STREAMED, 9.0) is not None
+    assert ledger.counts["evicted"] == 1
+
+
+def test_what_stays_open_too_long_is_forgotten() -> None:
+    ledger = Ledger(ttl_s=10.0)
+    for number, ticket in enumerate("abc"):
+        ledger.open(ticket, PREDICTION, float(number))
+    assert ledger.expire(11.5) == 2
+    assert ledger.expire(11.5) == 0
+    assert (len(ledger), ledger.counts["expired"]) == (1, 2)
+
+
+def test_accuracy_is_kept_in_all_and_by_version() -> None:
+    _, ledger = settled(STREAMED)
+    assert ledger.accuracy.ttft.mape_pct == pytest.approx(10.0)
+    assert ledger.accuracy.tpot.mape_pct == pytest.approx(10.0)
+    assert ledger.accuracy_by_version[4].ttft.count == 1
+
+
+def test_old_versions_accuracy_is_dropped_and_recent_errors_outweigh_old_ones() -> None:
+    ledger = Ledger()
+    for version in range(50):
+        for number in range(40):
+            predicted = 200.0 if version < 25 else 100.0
+            ledger.open("t", Prediction((), predicted, 20.0, version), float(number))
+            ledger.settle("t", STREAMED, float(number))
+    assert len(ledger.accuracy_by_version) <= 8
+    assert 49 in ledger.accuracy_by_version
+    assert ledger.accuracy.ttft.mape_pct < 5.0
+
+
+def test_without_a_settled_prediction_there_is_no_accuracy() -> None:
+    assert math.isnan(Ledger().accuracy.ttft.mape_pct)
