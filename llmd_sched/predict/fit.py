@@ -39,7 +39,7 @@ class Recipe:
     """How much worse than the model in use (relative, and in absolute log error) still passes for noise."""
     monotone: bool = False
     """Constrain the trees by ``features.MONOTONE``. LightGBM refuses constraints under its L1 loss, and with Huber's
-    the TTFT error on the recorded rows rose by a tenth (light load) to a half (heavy load), so it is off: growth is
+    the TTFT error on the recorded rows rose by a tenth (light load) to 60 % (heavy load), so it is off: growth is
     the base's duty, and its coefficients are never negative."""
 
 

@@ -22,7 +22,7 @@ COMPARE = 2
 
 _CATEGORICAL, _DEFAULT_LEFT = 1, 2
 _MISSING_NONE, _MISSING_ZERO = 0, 1
-_ZERO = 1.0000000180025095e-35  # 1e-35 as a float32, LightGBM's own bound
+_ZERO = 1.0000000180025095e-35  # 1e-35 as a float32: what LightGBM reads as zero
 _ALL_LEAVES = (1 << MAX_LEAVES) - 1
 
 
@@ -210,6 +210,8 @@ def _evaluate(
         reachable[:] = np.uint64(0xFFFFFFFFFFFFFFFF)
         for feature in range(rows.shape[1]):
             value = rows[i, feature]
+            if abs(value) <= _ZERO:
+                value = 0.0
             begin, end = first_node[feature], first_node[feature + 1]
             if value != value:
                 for node in range(begin, end):

@@ -58,5 +58,6 @@ class Frames:
 
 
 def frame(message: Start | Batch | Report) -> bytes:
-    body = msgspec.msgpack.encode(message)
+    """The message with its length before it. NumPy's scalars pass as floats; TypeError for anything else unknown."""
+    body = msgspec.msgpack.encode(message, enc_hook=float)
     return len(body).to_bytes(4, "big") + body

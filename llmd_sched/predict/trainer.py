@@ -171,7 +171,7 @@ class TrainerProcess:
         self._buffer.append(sample)
 
     async def stop(self, timeout_s: float = 2.0) -> None:
-        """End the child: first by closing its input, after ``timeout_s`` by killing it. Never raises for its sake."""
+        """End the child: first by closing its input, after ``timeout_s`` by killing it. May be called twice."""
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
@@ -229,8 +229,12 @@ class TrainerProcess:
         while True:
             if self._buffer:
                 batch = [self._buffer.popleft() for _ in range(min(len(self._buffer), 1000))]
-                self._child.stdin.write(frame(Batch(batch)))
-                await self._child.stdin.drain()
+                try:
+                    self._child.stdin.write(frame(Batch(batch)))
+                    await self._child.stdin.drain()
+                except BaseException:
+                    self.samples_dropped += len(batch)
+                    raise
                 self.samples_sent += len(batch)
             await asyncio.sleep(self._settings.flush_s if len(self._buffer) < 1000 else 0.0)
 

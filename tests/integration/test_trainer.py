@@ -14,7 +14,7 @@ from llmd_sched.predict.model import Model
 from llmd_sched.predict.trainer import Settings, TrainerProcess
 from llmd_sched.types import Sample
 
-PATIENCE_S = 60.0
+PATIENCE_S = 30.0
 QUICK = Settings(interval_s=0.05, flush_s=0.01, backoff_s=0.05)
 
 

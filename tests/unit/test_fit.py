@@ -73,7 +73,7 @@ def test_a_law_is_learned_from_a_few_hundred_rows() -> None:
 
 
 def test_fifty_rows_already_beat_the_preset_without_trees() -> None:
-    engine = Engine()
+    engine = Engine(slowdown=0.25)
     model = fit(window_of(engine.samples(50)), None, version=1, now_s=0.0)
     assert model is not None
     assert len(model.ttft.trees.first_leaf) == 0

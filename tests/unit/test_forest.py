@@ -69,6 +69,15 @@ def test_the_kernel_says_what_the_booster_says(
     np.testing.assert_allclose(scores[0], booster.predict(seen, raw_score=True), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("tiny", [0.0, -0.0, 1e-36, -1e-36, 1.0000000180025095e-35, -1.0000000180025095e-35, 1e-34])
+def test_what_lightgbm_reads_as_zero_is_zero(tiny: float) -> None:
+    X = table(np.random.default_rng(0), 300, 0.2, 0.3)
+    booster = train(X, law(X), objective="regression_l1", num_leaves=15, use_missing=False)
+    seen = np.full((1, 4), tiny)
+    score = Forest([parse(booster.model_to_string())], 4).predict(seen)[0]
+    np.testing.assert_allclose(score, booster.predict(seen), rtol=0, atol=1e-9)
+
+
 def test_two_outputs_are_evaluated_in_one_call_and_kept_apart() -> None:
     X = table(np.random.default_rng(1), 500)
     one, two = train(X, law(X), trees=7), train(X, -2.0 * law(X), trees=11, num_leaves=5)
