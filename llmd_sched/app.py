@@ -7,6 +7,7 @@ streams go on for the drain time, then the servers, the scraper, the trainer, ea
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import logging.handlers
 import secrets
@@ -265,6 +266,8 @@ async def serve(settings: ServeSettings) -> None:
     for sig in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(sig, stop.set)
     await scheduler.start()
+    gc.collect()
+    gc.freeze()  # what is here now stays; the collector need not walk it again in the middle of a request
     log.info("serving with %d endpoints", len(scheduler.pool))
     await stop.wait()
     log.info("draining for at most %g s", settings.drain_timeout_s)

@@ -13,11 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-LATENCY_S = (
-    (0.005, 0.025, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 1.25, 1.5, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 45, 60, 120)
-    + (180, 240, 300, 360, 480, 600, 900, 1200, 1800, 2700, 3600)
-)
-TTFT_S = LATENCY_S[:24]
+TTFT_S = (0.005, 0.025, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 1.25, 1.5, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 45, 60, 120)
+LATENCY_S = (*TTFT_S, 180, 240, 300, 360, 480, 600, 900, 1200, 1800, 2700, 3600)
 TPOT_S = (0.0005, 0.00205, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.125, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 2)
 SHORT_S = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32778, 65536, 131072, 262144, 524288, 1048576)
@@ -53,6 +50,7 @@ class Telemetry:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         self._model, self._fairness = _Capped(), _Capped()
+        self._series: dict[tuple[str, ...], Series] = {}
         self.requests = Counter("llm_d_epp_request", "Requests received.", _MFP, registry=registry)
         self.errors = Counter(
             "llm_d_epp_request_error", "Requests that ended in an error.", (*_MFP, "error_code"), registry=registry
@@ -82,12 +80,35 @@ class Telemetry:
             "llm_d_epp_ignored_header", "Headers whose value was unusable.", ("header",), registry=registry
         )
 
-    def labels(self, model: str, target_model: str, fairness_id: str, priority: int) -> tuple[str, str, str, str]:
-        return self._model(model), self._model(target_model), self._fairness(fairness_id), str(priority)
+    def series(self, model: str, target_model: str, fairness_id: str, priority: int) -> Series:
+        """The metrics of one kind of request; looked up once rather than once per metric."""
+        labels = (self._model(model), self._model(target_model), self._fairness(fairness_id), str(priority))
+        found = self._series.get(labels)
+        if found is None:
+            found = self._series[labels] = Series(self, labels)
+        return found
 
     def pull(self, read: Callable[[], Iterable[Gauge]]) -> None:
         """Have ``read`` called at every scrape."""
         self.registry.register(_Pulled(read))
+
+
+class Series:
+    """One label set's child of every per-request metric."""
+
+    def __init__(self, t: Telemetry, labels: tuple[str, ...]) -> None:
+        self.labels = labels
+        self.requests = t.requests.labels(*labels)
+        self.duration_s = t.duration_s.labels(*labels)
+        self.ttft_s = {flag: t.ttft_s.labels(*labels, str(flag).lower()) for flag in (False, True)}
+        self.tpot_s = t.tpot_s.labels(*labels)
+        self.size_bytes = t.size_bytes.labels(*labels)
+        self.response_bytes = t.response_bytes.labels(*labels)
+        self.input_tokens = t.input_tokens.labels(*labels)
+        self.output_tokens = t.output_tokens.labels(*labels)
+        self.cached_tokens = t.cached_tokens.labels(*labels)
+        self.predicted_ttft_s = t.predicted_ttft_s.labels(*labels)
+        self.predicted_tpot_s = t.predicted_tpot_s.labels(*labels)
 
 
 def _histogram(

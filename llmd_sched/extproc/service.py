@@ -23,7 +23,7 @@ from llmd_sched.parsers.registry import ParserRegistry
 from llmd_sched.plugin import Parsed
 from llmd_sched.prefix.hashing import BYTES_PER_TOKEN
 from llmd_sched.router import Router
-from llmd_sched.telemetry import Telemetry
+from llmd_sched.telemetry import Series, Telemetry
 from llmd_sched.types import Decision, End, Endpoint, Outcome, Request
 
 log = logging.getLogger(__name__)
@@ -65,18 +65,18 @@ class EndpointPicker:
         changed = parsed.names_model and request.target_model != parsed.model
         if changed:
             body = with_model(body, request.target_model)
-        labels = self._labels(request)
-        self.telemetry.requests.labels(*labels).inc()
-        self.telemetry.size_bytes.labels(*labels).observe(len(body))
+        series = self._series(request)
+        series.requests.inc()
+        series.size_bytes.observe(len(body))
         began_s = time.perf_counter()
         try:
             decision = self.router.choose(request, route.subset, self.clock())
         except RequestError as error:
-            self.telemetry.errors.labels(*labels, error.code).inc()
-            self.telemetry.attempts.labels("failure", request.target_model, "", "", "").inc()
+            self.telemetry.errors.labels(*series.labels, error.code).inc()
+            self.telemetry.attempts.labels("failure", series.labels[1], "", "", "").inc()
             raise
         self.telemetry.scheduler_s.observe(time.perf_counter() - began_s)
-        self._observe_choice(decision, labels)
+        self._observe_choice(decision, series)
         return Routed(decision, body, changed)
 
     def route_blindly(self, route: Route) -> tuple[Endpoint, str]:
@@ -116,17 +116,15 @@ class EndpointPicker:
         self.telemetry.ignored_headers.labels(which[0]).inc()
         return None
 
-    def _labels(self, request: Request) -> tuple[str, str, str, str]:
-        return self.telemetry.labels(request.model, request.target_model, request.fairness_id, request.priority)
+    def _series(self, request: Request) -> Series:
+        return self.telemetry.series(request.model, request.target_model, request.fairness_id, request.priority)
 
-    def _observe_choice(self, decision: Decision, labels: tuple[str, ...]) -> None:
-        t, best = self.telemetry, decision.picked[0]
-        t.attempts.labels(
-            "success", decision.request.target_model, best.name, best.namespace, str(best.port)
-        ).inc()
+    def _observe_choice(self, decision: Decision, series: Series) -> None:
+        best = decision.picked[0]
+        self.telemetry.attempts.labels("success", series.labels[1], best.name, best.namespace, str(best.port)).inc()
         if decision.prediction is not None:
-            t.predicted_ttft_s.labels(*labels).observe(decision.prediction.ttft_ms / 1e3)
-            t.predicted_tpot_s.labels(*labels).observe(decision.prediction.tpot_ms / 1e3)
+            series.predicted_ttft_s.observe(decision.prediction.ttft_ms / 1e3)
+            series.predicted_tpot_s.observe(decision.prediction.tpot_ms / 1e3)
 
     def first_token(self, ticket: str) -> None:
         self.router.first_token(ticket, self.clock())
@@ -145,26 +143,24 @@ class EndpointPicker:
                 self._outcome_log.info("%s", outcome_line(decision, outcome, now_s))
 
     def _observe_end(self, decision: Decision, outcome: Outcome, now_s: float) -> None:
-        t, request = self.telemetry, decision.request
-        labels = self._labels(request)
-        t.duration_s.labels(*labels).observe(now_s - decision.at_s)
+        series = self._series(decision.request)
+        series.duration_s.observe(now_s - decision.at_s)
         if outcome.end is not End.FINISHED or outcome.status >= 400:
             code = "ModelServerError" if outcome.end is End.FINISHED else outcome.end.value
-            t.errors.labels(*labels, code).inc()
+            self.telemetry.errors.labels(*series.labels, code).inc()
             return
-        input_tokens = outcome.prompt_tokens or request.input_tokens
         for histogram, value in (
-            (t.input_tokens, input_tokens),
-            (t.output_tokens, outcome.output_tokens),
-            (t.cached_tokens, outcome.cached_tokens),
-            (t.response_bytes, outcome.response_bytes),
+            (series.input_tokens, outcome.prompt_tokens or decision.request.input_tokens),
+            (series.output_tokens, outcome.output_tokens),
+            (series.cached_tokens, outcome.cached_tokens),
+            (series.response_bytes, outcome.response_bytes),
         ):
             if value:
-                histogram.labels(*labels).observe(value)
+                histogram.observe(value)
         if outcome.ttft_ms is not None:
-            t.ttft_s.labels(*labels, str(outcome.streamed).lower()).observe(outcome.ttft_ms / 1e3)
+            series.ttft_s[outcome.streamed].observe(outcome.ttft_ms / 1e3)
         if outcome.tpot_ms is not None:
-            t.tpot_s.labels(*labels).observe(outcome.tpot_ms / 1e3)
+            series.tpot_s.observe(outcome.tpot_ms / 1e3)
 
 
 def outcome_line(decision: Decision, outcome: Outcome, now_s: float) -> str:

@@ -112,16 +112,14 @@ class Pool:
         return view if keep.all() else view.keep(keep).compact()
 
     def columns(self, now_s: float) -> dict[str, Array]:
-        """Every column of every endpoint, pessimistic where nothing fresh is known."""
+        """Every column of every endpoint, pessimistic where nothing fresh is known. Not to be written to, nor kept."""
         age_s = np.minimum(now_s - self._read_at_s, NEVER_READ_AGE_S)
+        columns = {**self._columns, "metrics_age_s": age_s}
         fresh = age_s <= self.stale_after_s
-        columns = {name: self._columns[name].copy() for name in FACTS}
-        for name in GAUGES:
-            values = self._columns[name].copy()
-            if not fresh.all():
-                values[~fresh] = np.maximum(values[~fresh], self._worst(name, values, fresh))
-            columns[name] = values
-        columns["metrics_age_s"] = age_s
+        if not fresh.all():
+            for name in GAUGES:
+                values = self._columns[name]
+                columns[name] = np.where(fresh, values, np.maximum(values, self._worst(name, values, fresh)))
         return columns
 
     @staticmethod

@@ -8,6 +8,8 @@ first, as vLLM frees them: shared heads survive longest. A hit refreshes its blo
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 
 from llmd_sched.plugin import Attribute, Producer, ProducerPlugin
@@ -65,22 +67,24 @@ class PrefixIndex:
             else:
                 holders[h] = holders.get(h, 0) | bit
             blocks[h] = None
-        while len(blocks) > capacity:
-            self._drop(next(iter(blocks)), endpoint)
+        self._drop_oldest(endpoint, len(blocks) - capacity)
 
-    def _drop(self, h: int, endpoint: int) -> None:
-        del self._blocks[endpoint][h]
-        left = self._holders[h] & ~(1 << endpoint)
-        if left:
-            self._holders[h] = left
-        else:
-            del self._holders[h]
+    def _drop_oldest(self, endpoint: int, count: int) -> None:
+        # In one sweep: looking for a dict's first key walks over all that were deleted before it.
+        blocks, holders, others = self._blocks[endpoint], self._holders, ~(1 << endpoint)
+        for h in list(islice(blocks, max(0, count))):
+            del blocks[h]
+            left = holders[h] & others
+            if left:
+                holders[h] = left
+            else:
+                del holders[h]
 
     def forget(self, endpoint: int) -> None:
         """Drop all that ``endpoint`` held."""
-        for h in list(self._blocks.get(endpoint, ())):
-            self._drop(h, endpoint)
-        self._blocks.pop(endpoint, None)
+        if endpoint in self._blocks:
+            self._drop_oldest(endpoint, len(self._blocks[endpoint]))
+            del self._blocks[endpoint]
 
 
 class ApproxPrefixCacheProducer(ProducerPlugin, frozen=True):

@@ -1,0 +1,175 @@
+"""The Envoy bootstrap documents of both data paths. That Envoy itself accepts them is tests/acceptance's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from llmd_sched.extproc.envoy import EXT_PROC_SERVICE, EnvoySettings, bootstrap, render
+from llmd_sched.extproc.reply import TAIL_BYTES
+from llmd_sched.extproc.server import EXT_PROC
+
+PATHS = ("lean", "duplex")
+
+
+def document(path: str = "lean", **fields: Any) -> dict[str, Any]:
+    return bootstrap(EnvoySettings(path=path, **fields))
+
+
+def manager(doc: dict[str, Any]) -> dict[str, Any]:
+    return doc["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+
+
+def http_filter(doc: dict[str, Any], name: str) -> dict[str, Any]:
+    (found,) = [f for f in manager(doc)["http_filters"] if f["name"] == f"envoy.filters.http.{name}"]
+    return found["typed_config"]
+
+
+def cluster(doc: dict[str, Any], name: str) -> dict[str, Any]:
+    (found,) = [c for c in doc["static_resources"]["clusters"] if c["name"] == name]
+    return found
+
+
+def endpoint(doc: dict[str, Any]) -> dict[str, Any]:
+    assigned = cluster(doc, "scheduler")["load_assignment"]["endpoints"][0]["lb_endpoints"][0]
+    return assigned["endpoint"]["address"]["socket_address"]
+
+
+def values_of(node: Any, key: str) -> Iterator[Any]:
+    """Every value under this key, wherever it stands."""
+    if isinstance(node, dict):
+        if key in node:
+            yield node[key]
+        for value in node.values():
+            yield from values_of(value, key)
+    elif isinstance(node, list):
+        for value in node:
+            yield from values_of(value, key)
+
+
+def test_the_lean_path_buffers_the_request_and_sends_no_response() -> None:
+    assert http_filter(document("lean"), "ext_proc")["processing_mode"] == {
+        "request_header_mode": "SEND",
+        "request_body_mode": "BUFFERED",
+        "request_trailer_mode": "SKIP",
+        "response_header_mode": "SKIP",
+        "response_body_mode": "NONE",
+        "response_trailer_mode": "SKIP",
+    }
+
+
+def test_the_duplex_path_sends_everything() -> None:
+    assert http_filter(document("duplex"), "ext_proc")["processing_mode"] == {
+        "request_header_mode": "SEND",
+        "request_body_mode": "FULL_DUPLEX_STREAMED",
+        "request_trailer_mode": "SEND",
+        "response_header_mode": "SEND",
+        "response_body_mode": "FULL_DUPLEX_STREAMED",
+        "response_trailer_mode": "SEND",
+    }
+
+
+def test_only_the_lean_path_has_lua_and_an_access_log() -> None:
+    lean = [f["name"].rpartition(".")[2] for f in manager(document("lean"))["http_filters"]]
+    duplex = [f["name"].rpartition(".")[2] for f in manager(document("duplex"))["http_filters"]]
+    assert lean == ["ext_proc", "lua", "router"]
+    assert duplex == ["ext_proc", "router"]
+    (log,) = manager(document("lean"))["access_log"]
+    assert log["typed_config"]["common_config"]["grpc_service"]["envoy_grpc"]["cluster_name"] == "scheduler"
+    assert "access_log" not in manager(document("duplex"))
+
+
+def test_the_lua_filter_is_the_shipped_source_with_its_tail_length() -> None:
+    source = http_filter(document("lean"), "lua")["default_source_code"]["inline_string"]
+    first, _, rest = source.partition("\n")
+    assert first == f"local TAIL_BYTES = {TAIL_BYTES // 2}"
+    assert "function envoy_on_response(handle)" in rest
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_requests_go_where_the_destination_header_says(path: str) -> None:
+    routing = cluster(document(path), "model_servers")
+    assert (routing["type"], routing["lb_policy"]) == ("ORIGINAL_DST", "CLUSTER_PROVIDED")
+    assert routing["original_dst_lb_config"] == {
+        "use_http_header": True,
+        "http_header_name": "x-gateway-destination-endpoint",
+    }
+    (host,) = manager(document(path))["route_config"]["virtual_hosts"]
+    assert [r["route"]["cluster"] for r in host["routes"]] == ["model_servers"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_long_replies_are_not_cut_off(path: str) -> None:
+    doc = document(path)
+    route = manager(doc)["route_config"]["virtual_hosts"][0]["routes"][0]["route"]
+    assert (route["timeout"], route["idle_timeout"]) == ("86400s", "86400s")
+    assert http_filter(doc, "ext_proc")["message_timeout"] == "1000s"
+
+
+@pytest.mark.parametrize("max_body_bytes", [1024, 8 << 20, 100 << 20])
+def test_the_lean_path_can_buffer_the_largest_body(max_body_bytes: int) -> None:
+    doc = document("lean", max_body_bytes=max_body_bytes)
+    limits = list(values_of(doc, "per_connection_buffer_limit_bytes"))
+    assert len(limits) == 3
+    assert all(limit > max_body_bytes for limit in limits)
+
+
+def test_the_duplex_path_needs_no_large_buffers() -> None:
+    limits = set(values_of(document("duplex", max_body_bytes=100 << 20), "per_connection_buffer_limit_bytes"))
+    assert all(limit <= 1 << 20 for limit in limits)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_scheduler_is_health_checked_by_the_name_it_answers(path: str) -> None:
+    (check,) = cluster(document(path), "scheduler")["health_checks"]
+    assert check["grpc_health_check"]["service_name"] == EXT_PROC_SERVICE == EXT_PROC
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_tls_to_the_scheduler_only_when_asked_for(path: str) -> None:
+    assert "transport_socket" not in cluster(document(path), "scheduler")
+    tls = cluster(document(path, scheduler_tls=True), "scheduler")["transport_socket"]
+    assert tls["typed_config"]["@type"].endswith("UpstreamTlsContext")
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("fail_open", [False, True])
+def test_it_fails_closed_unless_told_otherwise(path: str, fail_open: bool) -> None:
+    assert http_filter(document(path, fail_open=fail_open), "ext_proc")["failure_mode_allow"] is fail_open
+    assert http_filter(document(path), "ext_proc")["failure_mode_allow"] is False
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_only_the_subset_hint_is_sent_and_only_our_metadata_is_taken(path: str) -> None:
+    options = http_filter(document(path), "ext_proc")["metadata_options"]
+    assert options["forwarding_namespaces"] == {"untyped": ["envoy.lb.subset_hint"]}
+    assert options["receiving_namespaces"] == {"untyped": ["envoy.lb", "llmd"]}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "fd00::7", "scheduler.local"])
+def test_hosts_stand_without_brackets(path: str, host: str) -> None:
+    doc = document(path, listen_host=host, listen_port=80, scheduler_host=host, scheduler_port=81)
+    listener = doc["static_resources"]["listeners"][0]
+    assert listener["address"]["socket_address"] == {"address": host, "port_value": 80}
+    assert endpoint(doc) == {"address": host, "port_value": 81}
+
+
+def test_the_admin_interface_is_local_and_can_be_left_out() -> None:
+    assert document(admin_port=19000)["admin"]["address"]["socket_address"] == {
+        "address": "127.0.0.1",
+        "port_value": 19000,
+    }
+    assert "admin" not in document(admin_port=0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_is_printed_is_the_document(path: str) -> None:
+    settings = EnvoySettings(path=path, scheduler_tls=True, message_timeout_s=0.5, access_log_flush_s=0.25)
+    text = render(settings)
+    assert json.loads(text) == bootstrap(settings)
+    assert text.endswith("}\n")
+    assert '"message_timeout": "0.5s"' in text
