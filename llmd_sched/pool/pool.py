@@ -44,6 +44,7 @@ class Pool:
         self._columns: dict[str, Array] = {name: np.zeros(0) for name in GAUGES + FACTS}
         self._read_at_s: Array = np.zeros(0)
         self._failures: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self._all_reachable = True
 
     def __len__(self) -> int:
         return len(self.endpoints)
@@ -65,6 +66,7 @@ class Pool:
         self._columns = {name: np.append(column, 0.0)[source] for name, column in self._columns.items()}
         self._read_at_s = np.append(self._read_at_s, -np.inf)[source]
         self._failures = np.append(self._failures, 0)[source]
+        self._all_reachable = bool((self._failures < UNREACHABLE_AFTER_FAILURES).all())
         for tell in self.on_change:
             tell(self.endpoints)
 
@@ -76,7 +78,9 @@ class Pool:
         i = self._current(endpoint)
         if i is None:
             return
-        self._failures[i] = 0
+        if self._failures[i]:
+            self._failures[i] = 0
+            self._all_reachable = bool((self._failures < UNREACHABLE_AFTER_FAILURES).all())
         for name in GAUGES + FACTS:
             value = getattr(load, name)
             if value is not None:
@@ -89,6 +93,7 @@ class Pool:
         i = self._current(endpoint)
         if i is not None:
             self._failures[i] += 1
+            self._all_reachable = self._all_reachable and self._failures[i] < UNREACHABLE_AFTER_FAILURES
 
     def _current(self, endpoint: Endpoint) -> int | None:
         """Its position, unless it was replaced by one at another address meanwhile."""
@@ -101,6 +106,8 @@ class Pool:
     def candidates(self, subset: Collection[str] | None, now_s: float) -> Candidates:
         """The endpoints a request may go to. ``subset`` holds ``ip:port`` or ``ip`` (None = no restriction)."""
         columns = self.columns(now_s)
+        if subset is None and self._all_reachable:
+            return Candidates(self.endpoints, columns)
         keep = self._failures < UNREACHABLE_AFTER_FAILURES
         if subset is not None:
             allowed = np.array([e.hostport in subset or e.address in subset for e in self.endpoints], dtype=bool)

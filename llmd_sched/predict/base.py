@@ -6,10 +6,11 @@ what is left of the logarithm. Everything is in milliseconds; a coefficient's un
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
@@ -75,33 +76,39 @@ COLD_START = {
 """Preset by name; `default` is for hardware nothing is known about."""
 
 
-def ttft_terms(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The TTFT_TERMS of feature rows (n, F) -> (n, terms)."""
-    uncached, waiting, inflight = rows[:, f.UNCACHED], rows[:, f.WAITING], rows[:, f.INFLIGHT_PREFILL]
-    load = np.maximum(rows[:, f.RUNNING], rows[:, f.INFLIGHT_REQUESTS])
-    terms = np.ones((len(rows), len(TTFT_TERMS)))
-    terms[:, 1] = uncached
-    terms[:, 2] = uncached * np.maximum(rows[:, f.INPUT] - 0.5 * uncached, 0.0)
-    terms[:, 3] = inflight
-    terms[:, 4] = load
-    terms[:, 5] = waiting
-    terms[:, 6] = load * inflight
-    terms[:, 7] = inflight * (waiting / (waiting + QUEUE_HALF))
-    terms[:, 8] = rows[:, f.RESIDENT]
+@njit(cache=True, nogil=True)
+def ttft_terms(rows: Any) -> Any:
+    """The TTFT_TERMS of feature rows (n, F) -> (n, terms). Compiled: a decision calls it with a handful of rows."""
+    terms = np.empty((rows.shape[0], 9))
+    for i in range(rows.shape[0]):
+        uncached, waiting, inflight = rows[i, f.UNCACHED], rows[i, f.WAITING], rows[i, f.INFLIGHT_PREFILL]
+        load = max(rows[i, f.RUNNING], rows[i, f.INFLIGHT_REQUESTS])
+        terms[i, 0] = 1.0
+        terms[i, 1] = uncached
+        terms[i, 2] = uncached * max(rows[i, f.INPUT] - 0.5 * uncached, 0.0)
+        terms[i, 3] = inflight
+        terms[i, 4] = load
+        terms[i, 5] = waiting
+        terms[i, 6] = load * inflight
+        terms[i, 7] = inflight * (waiting / (waiting + QUEUE_HALF))
+        terms[i, 8] = rows[i, f.RESIDENT]
     return terms
 
 
-def tpot_terms(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+@njit(cache=True, nogil=True)
+def tpot_terms(rows: Any) -> Any:
     """The TPOT_TERMS of feature rows (n, F) -> (n, terms)."""
-    inflight = rows[:, f.INFLIGHT_PREFILL]
-    load = np.maximum(rows[:, f.RUNNING], rows[:, f.INFLIGHT_REQUESTS])
-    terms = np.ones((len(rows), len(TPOT_TERMS)))
-    terms[:, 1] = load
-    terms[:, 2] = load / (load + BATCH_HALF)
-    terms[:, 3] = inflight / (inflight + CHUNK_HALF_TOKENS)
-    terms[:, 4] = inflight / (inflight + BACKLOG_HALF_TOKENS)
-    terms[:, 5] = rows[:, f.KV_USAGE]
-    terms[:, 6] = rows[:, f.RESIDENT]
+    terms = np.empty((rows.shape[0], 7))
+    for i in range(rows.shape[0]):
+        inflight = rows[i, f.INFLIGHT_PREFILL]
+        load = max(rows[i, f.RUNNING], rows[i, f.INFLIGHT_REQUESTS])
+        terms[i, 0] = 1.0
+        terms[i, 1] = load
+        terms[i, 2] = load / (load + BATCH_HALF)
+        terms[i, 3] = inflight / (inflight + CHUNK_HALF_TOKENS)
+        terms[i, 4] = inflight / (inflight + BACKLOG_HALF_TOKENS)
+        terms[i, 5] = rows[i, f.KV_USAGE]
+        terms[i, 6] = rows[i, f.RESIDENT]
     return terms
 
 

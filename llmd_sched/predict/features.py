@@ -38,6 +38,8 @@ FEATURES = (
 COLUMNS = tuple(name for name in FEATURES if name not in ("input_tokens", "expected_output_tokens"))
 """The features that differ by endpoint: the columns ``rows`` reads from its candidates."""
 
+_POSITIONS = tuple((name, FEATURES.index(name)) for name in COLUMNS)
+
 MONOTONE = {
     "ttft": (1, 0, 1, 1, 0, 0, 0, 1, 0, 0),
     "tpot": (0, 0, 0, 1, 0, 0, 1, 0, 1, 0),
@@ -59,11 +61,11 @@ def rows(request: Request, candidates: Candidates, expected_output_tokens: float
     table[:, INPUT] = request.input_tokens
     table[:, EXPECTED_OUTPUT] = expected_output_tokens if np.isfinite(expected_output_tokens) else 0.0
     unknown = {"uncached_tokens": float(request.input_tokens), "metrics_age_s": METRICS_AGE_CAP_S}
-    for name in COLUMNS:
-        table[:, FEATURES.index(name)] = candidates.column(name)
+    for name, at in _POSITIONS:
+        table[:, at] = candidates.column(name)
     if not np.isfinite(table).all():
-        for name in COLUMNS:
-            _fill_unknown(table[:, FEATURES.index(name)], unknown.get(name, 0.0))
+        for name, at in _POSITIONS:
+            _fill_unknown(table[:, at], unknown.get(name, 0.0))
     np.maximum(table, 0.0, out=table)
     np.minimum(table[:, METRICS_AGE], METRICS_AGE_CAP_S, out=table[:, METRICS_AGE])
     return table

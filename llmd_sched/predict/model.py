@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from llmd_sched.errors import SchedError
@@ -78,10 +79,10 @@ class Model(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     def predict(self, rows: NDArray[np.float64]) -> tuple[Array, Array]:
         """(ttft_ms, tpot_ms), each (n,), for feature rows (n, F); always finite and at least MIN_MS."""
-        factor = np.exp(np.clip(self.forest.predict(rows), -np.log(MAX_FACTOR), np.log(MAX_FACTOR)))
-        ttft_ms = bounded(base.ttft_terms(rows) @ self.ttft.coefficients) * factor[0]
-        tpot_ms = bounded(base.tpot_terms(rows) @ self.tpot.coefficients) * factor[1]
-        return bounded(ttft_ms), bounded(tpot_ms)
+        log_factors = self.forest.predict(rows)
+        ttft_ms = _corrected(base.ttft_terms(rows), self.ttft.coefficients, log_factors[0])
+        tpot_ms = _corrected(base.tpot_terms(rows), self.tpot.coefficients, log_factors[1])
+        return ttft_ms, tpot_ms
 
     def to_bytes(self) -> bytes:
         """Self-describing and checksummed; read by ``from_bytes``."""
@@ -107,6 +108,24 @@ class Model(msgspec.Struct, frozen=True, eq=False, dict=True):
         except ValueError as error:
             raise BadModel(f"the model cannot be used: {error}") from error
         return model
+
+
+_LOG_LIMIT = float(np.log(MAX_FACTOR))
+
+
+@njit(cache=True, nogil=True)
+def _corrected(terms: Any, coefficients: Any, log_factor: Any) -> Any:
+    """The base times what the trees say of it, each within its bounds: ``bounded`` of both, row by row."""
+    out = np.empty(terms.shape[0])
+    for i in range(terms.shape[0]):
+        base_ms = 0.0
+        for k in range(terms.shape[1]):
+            base_ms += terms[i, k] * coefficients[k]
+        if not base_ms <= MAX_MS:
+            base_ms = MAX_MS
+        value_ms = max(base_ms, MIN_MS) * np.exp(min(max(log_factor[i], -_LOG_LIMIT), _LOG_LIMIT))
+        out[i] = min(max(value_ms, MIN_MS), MAX_MS)
+    return out
 
 
 def bounded(value_ms: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import log
 from random import Random
 
 import numpy as np
@@ -29,13 +30,14 @@ class RandomPicker(Picker, frozen=True):
 class WeightedRandomPicker(Picker, frozen=True):
     """At random in proportion to the score, without replacement.
 
-    Efraimidis and Spirakis (2006): the largest keys U^(1/score) win. Scores of 0 or less come last, at random.
+    Efraimidis and Spirakis (2006): the largest keys U^(1/score) win, compared by their logarithms so that small
+    scores do not underflow. Scores of 0 or less come last, at random.
     """
 
     def order(self, scores: Array, rng: Random) -> NDArray[np.intp]:
-        keys = np.array([rng.random() ** (1.0 / s) if s > 0 else 0.0 for s in scores.tolist()])
-        shuffled = _shuffled(len(scores), rng)
-        return shuffled[np.argsort(-keys[shuffled], kind="stable")]
+        draws = [1.0 - rng.random() for _ in scores]  # in (0, 1]
+        keys = [(True, log(u) / s) if s > 0 else (False, u) for u, s in zip(draws, scores.tolist(), strict=True)]
+        return np.array(sorted(range(len(keys)), key=keys.__getitem__, reverse=True), dtype=np.intp)
 
 
 def _shuffled(n: int, rng: Random) -> NDArray[np.intp]:

@@ -191,6 +191,7 @@ def test_what_is_no_duration_is_refused(text: str) -> None:
         "&a {x: *a}",
         "!!binary é",
         "!!set {a, b}",
+        r'"\ud800"',
         "{1: 2}",
         "{? [a] : b}",
         "{<<: 3}",

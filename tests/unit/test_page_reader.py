@@ -1,0 +1,173 @@
+"""The few lines that matter, found in a page of 50 KB, wherever they stand."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmd_sched.pool.pool import Load
+from llmd_sched.pool.scrape import FACTS_EVERY_S, PageReader
+from tests.builders import fuzzed, vllm_page
+
+PLAIN = Load(waiting=6.0, running=3.0, kv_usage=0.25, block_tokens=128.0, cache_blocks=1024.0)
+
+
+def read(page: bytes) -> Load:
+    return PageReader().read(page, 0.0)
+
+
+def gauges(load: Load) -> tuple[float | None, float | None, float | None]:
+    return load.waiting, load.running, load.kv_usage
+
+
+def test_the_page_of_the_tests_has_the_size_and_order_of_a_real_one() -> None:
+    page = vllm_page()
+    assert 35_000 < len(page) < 60_000
+    assert page.index(b"\nvllm:num_requests_waiting{") < page.index(b"\nvllm:num_requests_waiting_by_reason{")
+    assert page.index(b"\nvllm:cache_config_info{") > 30_000
+
+
+def test_every_fact_of_a_page_is_read() -> None:
+    assert read(vllm_page()) == PLAIN
+
+
+def test_a_longer_name_is_not_taken_for_the_family() -> None:
+    page = b'vllm:num_requests_waiting_by_reason{reason="capacity"} 1000.0\nvllm:num_requests_waiting{engine="0"} 2.0\n'
+    assert read(page).waiting == 2.0
+    assert read(page.split(b"\n")[0] + b"\n").waiting is None
+
+
+def test_several_engines_are_summed_and_their_usage_averaged() -> None:
+    page = vllm_page(waiting=("1.0", "2.0", "4.0"), running=("8.0", "16.0", "0.0"), kv_usage=("0.1", "0.2", "0.6"))
+    load = read(page)
+    assert (load.waiting, load.running) == (7.0, 24.0)
+    assert load.kv_usage == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        (b"vllm:num_requests_waiting 6", 6.0),
+        (b'vllm:num_requests_waiting{engine="0"} 6', 6.0),
+        (b'vllm:num_requests_waiting{engine="0"} 6e0', 6.0),
+        (b'vllm:num_requests_waiting{model_name="a b } c"} 6.0', 6.0),
+        (b'vllm:num_requests_waiting{engine="0"} NaN', None),
+        (b'vllm:num_requests_waiting{engine="0"} +Inf', None),
+        (b'vllm:num_requests_waiting{engine="0"} soon', None),
+        (b'vllm:num_requests_waiting{engine="0"} ', None),
+        (b"# HELP vllm:num_requests_waiting 6", None),
+        (b"vllm:num_requests_waiting", None),
+        (b"not_vllm:num_requests_waiting 6", None),
+        (b"", None),
+    ],
+)
+@pytest.mark.parametrize("before", [b"", b"x 1\n"])
+@pytest.mark.parametrize("after", [b"", b"\n", b"\ny 2\n"])
+def test_a_line_is_read_first_last_and_in_between(before: bytes, line: bytes, after: bytes, value: float | None) -> None:
+    assert read(before + line + after).waiting == value
+
+
+def test_a_timestamp_behind_a_value_is_not_taken_for_the_value() -> None:
+    assert read(b'vllm:num_requests_waiting{engine="0"} 6.0 1795391307726\n').waiting == 6.0
+
+
+def test_an_engine_without_a_number_is_left_out_of_the_sum() -> None:
+    assert read(vllm_page(waiting=("NaN", "2.0", "3.0"), kv_usage=("NaN", "0.5"))).waiting == 5.0
+    assert read(vllm_page(kv_usage=("NaN", "0.5"))).kv_usage == 0.5
+
+
+@pytest.mark.parametrize(("value", "shown"), [("1.2", 1.0), ("-0.1", 0.0), ("1.0", 1.0), ("0.0", 0.0)])
+def test_usage_stays_a_share(value: str, shown: float) -> None:
+    assert read(vllm_page(kv_usage=(value,))).kv_usage == shown
+
+
+@pytest.mark.parametrize(
+    ("missing", "expected"),
+    [("waiting", (None, 3.0, 0.25)), ("running", (6.0, None, 0.25)), ("kv_usage", (6.0, 3.0, None))],
+)
+def test_a_missing_family_is_unknown_and_not_zero(missing: str, expected: tuple[float | None, ...]) -> None:
+    assert gauges(read(vllm_page(**{missing: ()}))) == expected
+
+
+@pytest.mark.parametrize("page", [b"", b"\n", b"404: not found", b"<html>" * 9000])
+def test_a_page_of_something_else_says_nothing(page: bytes) -> None:
+    assert read(page) == Load()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "facts"), [("1024", (128.0, 1024.0)), ("None", (128.0, None)), ("0", (128.0, 0.0)), ("lots", (128.0, None))]
+)
+def test_cache_facts_are_told_from_labels_with_similar_names(
+    blocks: str, facts: tuple[float | None, float | None]
+) -> None:
+    load = read(vllm_page(blocks=blocks))
+    assert (load.block_tokens, load.cache_blocks) == facts
+
+
+def test_facts_are_looked_up_now_and_then_only() -> None:
+    reader = PageReader()
+    assert reader.read(vllm_page(), 0.0) == PLAIN
+    later = reader.read(vllm_page(blocks="2048"), FACTS_EVERY_S - 1)
+    assert (later.block_tokens, later.cache_blocks) == (None, None)
+    assert reader.read(vllm_page(blocks="2048"), FACTS_EVERY_S).cache_blocks == 2048.0
+
+
+def test_facts_not_yet_on_the_page_are_looked_for_again() -> None:
+    reader = PageReader()
+    reader.read(b"vllm:num_requests_waiting 1\n", 0.0)
+    assert reader.read(vllm_page(), 0.1).cache_blocks == 1024.0
+
+
+SHAPES = [
+    {},
+    {"before": 300},
+    {"before": 0, "between": 0},
+    {"between": 200},
+    {"before": 61},
+    {"before": 59},
+    {"before": 10, "between": 90, "after": 5},
+    {"after": 900},
+    {"before": 200, "after": 0},
+]
+
+
+def test_values_are_found_however_the_page_changes_between_reads() -> None:
+    reader = PageReader()
+    for now_s, shape in enumerate(SHAPES + SHAPES[::-1] + [{}]):
+        value = str(float(now_s))
+        page = vllm_page(waiting=(value, "1.0"), running=(value,), kv_usage=("0.5", "0.25"), **shape)
+        assert gauges(reader.read(page, float(now_s))) == (now_s + 1.0, now_s, 0.375), shape
+
+
+def test_a_family_that_disappears_and_returns_is_followed() -> None:
+    reader = PageReader()
+    assert [reader.read(vllm_page(waiting=w), 0.0).waiting for w in (("2.0",), (), ("5.0",))] == [2.0, None, 5.0]
+
+
+def test_all_engines_are_summed_when_the_page_has_shrunk_before_them() -> None:
+    engines = ("1.0",) * 40
+    reader = PageReader()
+    for before in range(60, 0, -1):
+        load = reader.read(vllm_page(waiting=engines, running=engines, before=before), 0.0)
+        assert (load.waiting, load.running) == (40.0, 40.0), before
+    far = PageReader()
+    far.read(vllm_page(waiting=engines, running=engines, before=60), 0.0)
+    load = far.read(vllm_page(waiting=engines, running=engines, before=30), 0.0)
+    assert (load.waiting, load.running) == (40.0, 40.0)
+
+
+@fuzzed
+@given(st.lists(st.tuples(st.integers(0, 80), st.integers(0, 40), st.integers(1, 12)), min_size=2, max_size=5))
+def test_a_reader_with_a_memory_reads_what_one_without_reads(shapes: list[tuple[int, int, int]]) -> None:
+    reader = PageReader()
+    for before, between, engines in shapes:
+        page = vllm_page(waiting=("1.0",) * engines, kv_usage=("0.5",) * engines, before=before, between=between, after=3)
+        assert gauges(reader.read(page, 0.0)) == gauges(read(page)) == (engines, 3.0, 0.5)
+
+
+@fuzzed
+@given(st.lists(st.sampled_from([b"vllm:num_requests_waiting", b"{", b'a="', b"}", b" ", b"\n", b"7", b"#", b"\xff"]), max_size=30))
+def test_any_page_is_read_without_an_error(pieces: list[bytes]) -> None:
+    waiting = read(b"".join(pieces)).waiting
+    assert waiting is None or waiting == waiting
