@@ -6,8 +6,8 @@ Ten canned engines (``stub_engine``), the scheduler as shipped with the latency-
 one thread. Cases run in turn, several rounds, so that noise hits all alike; a figure is the median over rounds.
 
 CPU is the scheduler process's own (user + system), as the kernel counts it; the trainer's process is told apart. It
-includes reading ten engines' metrics every 50 ms, which is also shown alone (``idle_scrape_cores``), and ``net`` figures
-have that taken out. Pick latency is from sending a request to the first byte of an instant engine's reply, through
+includes reading ten engines' metrics every 50 ms, also shown alone (``idle_scrape_cores``); ``net`` figures have that
+taken out. Pick latency is from sending a request to the first byte of an instant engine's reply, through
 Envoy: an upper bound of what the scheduler adds. ``direct`` is the same without Envoy and scheduler.
 """
 

@@ -1,8 +1,8 @@
 """Model servers that cost next to nothing: one process, many ports, canned replies.
 
 Against these a benchmark measures the scheduler and not the engine. Each port answers GET with a vLLM-sized metrics
-page (52 KB) and POST with a stream of ``max_tokens`` events, one write each, usage and the end mark last. ``--delay-ms``
-spaces the events; 0 sends them all at once.
+page (52 KB) and POST with a stream of ``max_tokens`` events, usage and the end mark last. ``--delay-ms`` spaces the
+events, one write each; 0 sends them all at once.
 """
 
 from __future__ import annotations

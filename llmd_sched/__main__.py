@@ -199,7 +199,9 @@ COMMANDS: dict[
     "up": ("Engines, scheduler and a real Envoy on this machine, a workload, a report.", _up_arguments, _up),
     "sim-engine": ("One simulated vLLM server over HTTP.", _engine_arguments, _engine),
     "envoy-config": ("Print the Envoy configuration of a data path.", _envoy_arguments, _envoy_config),
-    "check-config": ("Print a configuration with its defaults, or what is wrong with it.", _check_config_arguments, _check_config),
+    "check-config": (
+        "Print a configuration with its defaults, or what is wrong with it.", _check_config_arguments, _check_config
+    ),
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 HEALTH_NAMES = ("", "liveness", "readiness", EXT_PROC, "inference-extension")
 MIN_SCRAPE_INTERVAL_S = 0.05
 REAP_EVERY_S = 1.0
+DRAIN_LOOK_S = 0.05
 OUTCOME_LOG_BYTES = 256 << 20
 
 
@@ -189,7 +190,7 @@ class Scheduler:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         deadline_s = time.monotonic() + self.settings.drain_timeout_s
         while time.monotonic() < deadline_s and (self.router.open or self.ext_proc.open_streams):
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(DRAIN_LOOK_S)
         await self._stack.aclose()
 
     def _gauges(self) -> Iterable[Gauge]:
@@ -206,7 +207,8 @@ class Scheduler:
             ("average_running_requests", "running"),
         ):
             values = columns[column][fresh]
-            yield f"llm_d_epp_{metric}", "Over fresh endpoints.", ("name",), [(name, float(values.mean() if len(values) else 0))]
+            mean = float(values.mean()) if len(values) else 0.0
+            yield f"llm_d_epp_{metric}", "Over fresh endpoints.", ("name",), [(name, mean)]
         queues = [((*name, e.key), float(q)) for e, q in zip(self.pool.endpoints, columns["waiting"], strict=True)]
         yield "llm_d_epp_per_endpoint_queue_size", "Waiting.", ("name", "model_server_endpoint"), queues
         yield "llm_d_epp_open_requests", "Routed and not finished.", (), [((), float(len(self.router.open)))]

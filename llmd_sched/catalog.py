@@ -109,7 +109,8 @@ def _declared(config: EndpointPickerConfig) -> dict[str, Declared]:
     for i, spec in enumerate(config.plugins):
         path = f"$.plugins[{i}]"
         if spec.ref in plugins:
-            raise ConfigError(f"plugin name {spec.ref!r} is used twice", f"{path}.name" if spec.name else f"{path}.type")
+            where = f"{path}.name" if spec.name else f"{path}.type"
+            raise ConfigError(f"plugin name {spec.ref!r} is used twice", where)
         plugins[spec.ref] = _declare(spec, path)
     return plugins
 
@@ -136,9 +137,7 @@ def _add(plugins: dict[str, Declared], name: str) -> None:
 def _profile(config: EndpointPickerConfig, plugins: dict[str, Declared]) -> SchedulingProfile:
     profiles = config.scheduling_profiles
     if len(profiles) > 1:
-        raise ConfigError(
-            f"{len(profiles)} profiles, but single-profile-handler runs one", "$.schedulingProfiles"
-        )
+        raise ConfigError(f"{len(profiles)} profiles, but single-profile-handler runs one", "$.schedulingProfiles")
     if profiles:
         profile, path = profiles[0], "$.schedulingProfiles[0]"
         if not profile.name:
@@ -150,13 +149,12 @@ def _profile(config: EndpointPickerConfig, plugins: dict[str, Declared]) -> Sche
     else:
         usable = (Filter, Scorer, Picker)
         refs = [n for n, d in plugins.items() if isinstance(d.plugin, usable)]
-        profile, path = SchedulingProfile(name="default", plugins=tuple(ProfilePlugin(plugin_ref=n) for n in refs)), "$.schedulingProfiles"
+        path = "$.schedulingProfiles"
+        profile = SchedulingProfile(name="default", plugins=tuple(ProfilePlugin(plugin_ref=n) for n in refs))
     return _with_handler_and_picker(profile, plugins, path)
 
 
-def _with_handler_and_picker(
-    profile: SchedulingProfile, plugins: dict[str, Declared], path: str
-) -> SchedulingProfile:
+def _with_handler_and_picker(profile: SchedulingProfile, plugins: dict[str, Declared], path: str) -> SchedulingProfile:
     handlers = [n for n, d in plugins.items() if isinstance(d.plugin, Handler)]
     if len(handlers) > 1:
         raise ConfigError(f"multiple profile handlers found: {', '.join(handlers)}", "$.plugins")

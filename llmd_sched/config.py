@@ -38,7 +38,9 @@ schedulingProfiles:
 """What runs when no configuration is given: the reference's built-in blend."""
 
 
-class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel", omit_defaults=True):
+class _Strict(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel", omit_defaults=True
+):
     """Base: unknown fields are refused."""
 
 
@@ -101,7 +103,8 @@ def load(text: str) -> EndpointPickerConfig:
             raise ConfigError("this block is not supported yet; remove it", f"$.{field}")
     config = convert(document, EndpointPickerConfig)
     if config.api_version not in API_VERSIONS:
-        raise ConfigError(f"unknown apiVersion {config.api_version!r}; accepted: {', '.join(API_VERSIONS)}", "$.apiVersion")
+        accepted = ", ".join(API_VERSIONS)
+        raise ConfigError(f"unknown apiVersion {config.api_version!r}; accepted: {accepted}", "$.apiVersion")
     if config.kind != KIND:
         raise ConfigError(f"unknown kind {config.kind!r}; accepted: {KIND}", "$.kind")
     for i, gate in enumerate(config.feature_gates):
@@ -124,7 +127,7 @@ def read_yaml(text: str) -> Any:
     if len(text) > MAX_CONFIG_BYTES:
         raise ConfigError(f"the document has {len(text)} bytes; at most {MAX_CONFIG_BYTES} are accepted")
     try:
-        return yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
@@ -135,7 +138,7 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             if isinstance(key, str):
@@ -170,7 +173,7 @@ _SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9
 def duration_s(text: str) -> float:
     """Go's notation: ``5m``, ``1h30m``, ``200ms``; ``0`` too. Raises ValueError saying so."""
     parts = _DURATION_PART.findall(text)
-    if text != "0" and "".join(number + unit for number, unit in parts) != text or not text:
+    if not text or (text != "0" and "".join(number + unit for number, unit in parts) != text):
         raise ValueError(f"{text!r} is not a duration such as 500ms, 30s, 5m or 1h30m")
     return sum(float(number) * _SECONDS[unit] for number, unit in parts)
 

@@ -1,14 +1,14 @@
 """What can go wrong, as one tree; the class says the HTTP status and the reason a proxy's client is given.
 
-    SchedError
-    ├── ConfigError              bad configuration: dies at start, names the path in the file
-    └── RequestError             refuses one request; becomes an immediate response
-        ├── BadRequest           400
-        ├── PayloadTooLarge      413
-        ├── NoCandidates         503, rejected-no-endpoints
-        ├── NoneLeft             429, rejected-saturated (filters drained the candidates)
-        ├── NoEndpoints          500 (a request without a body, and nowhere to send it)
-        └── UnsupportedMode      500 (the proxy is configured in a way we do not speak)
+SchedError
+├── ConfigError              bad configuration: dies at start, names the path in the file
+└── RequestError             refuses one request; becomes an immediate response
+    ├── BadRequest           400
+    ├── PayloadTooLarge      413
+    ├── NoCandidates         503, rejected-no-endpoints
+    ├── NoneLeft             429, rejected-saturated (filters drained the candidates)
+    ├── NoEndpoints          500 (a request without a body, and nowhere to send it)
+    └── UnsupportedMode      500 (the proxy is configured in a way we do not speak)
 """
 
 from __future__ import annotations

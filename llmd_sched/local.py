@@ -1,4 +1,4 @@
-"""``llmd-sched up``: N model servers, the scheduler and a real Envoy on this machine, a workload through them, a report.
+"""``llmd-sched up``: model servers, the scheduler and a real Envoy on this machine, a workload, a report.
 
 Started in this order, each waited for: engines, scheduler, Envoy. Stopped in the reverse order, whatever happened.
 Everything listens on loopback, on ports that were free. The report compares what the scheduler predicted with what
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         failed = uvloop.run(_run(args, items, folder))
     except BaseException:
-        print(f"logs of all processes: {folder}", file=sys.stderr)
+        sys.stderr.write(f"logs of all processes: {folder}\n")
         raise
     shutil.rmtree(folder)
     return 1 if failed else 0
@@ -142,7 +142,8 @@ async def start(args: argparse.Namespace, stack: Stack) -> Local:
     ports = free_ports(args.engines + 5)
     engine_ports, (grpc, health, metrics, listen, admin) = ports[: args.engines], ports[args.engines :]
     engines, model = await _start_engines(args, stack, engine_ports)
-    endpoints = [{"name": c.name, "address": "127.0.0.1", "port": p} for c, p in zip(engines, engine_ports, strict=True)]
+    named = zip(engines, engine_ports, strict=True)
+    endpoints = [{"name": engine.name, "address": "127.0.0.1", "port": port} for engine, port in named]
     (stack.folder / "endpoints.yaml").write_text(yaml.safe_dump({"endpoints": endpoints}))
     outcomes = stack.folder / "outcomes.jsonl"
     config_file = args.config_file or stack.folder / "config.yaml"
@@ -173,12 +174,11 @@ async def _start_engines(args: argparse.Namespace, stack: Stack, ports: list[int
             command = tiny_vllm.command(folder, port, max_model_len=VLLM_CONTEXT_TOKENS, python=args.vllm_python)
             engines.append(await stack.start(name, ["nice", "-n", "10", *command], tiny_vllm.environment()))
         else:
-            engines.append(
-                await stack.start_llmd(
-                    name, "sim-engine", "--preset", args.preset, "--port", str(port), "--name", name,
-                    "--speedup", str(args.speedup), "--noise", str(args.noise), "--seed", str(args.seed + i),
-                )  # fmt: skip
-            )
+            child = await stack.start_llmd(
+                name, "sim-engine", "--preset", args.preset, "--port", str(port), "--name", name,
+                "--speedup", str(args.speedup), "--noise", str(args.noise), "--seed", str(args.seed + i),
+            )  # fmt: skip
+            engines.append(child)
     for child, port in zip(engines, ports, strict=True):
         await wait_http(f"http://127.0.0.1:{port}/health", child, VLLM_START_S if args.engine == "vllm" else 60.0)
     return engines, "tiny" if args.engine == "vllm" else PRESETS[args.preset].model
@@ -211,15 +211,11 @@ async def _replay(local: Local, items: Iterator[Item], duration_s: float, stop: 
     with Progress(*columns, transient=False, refresh_per_second=4) as progress:
         bar = progress.add_task("replaying", total=duration_s, counts="")
 
-        def on_result(result: Result) -> None:
-            results.append(result)
-
-        sending = asyncio.create_task(
-            replay(
-                local.url, items, model=local.model, headers={}, concurrency_limit=CONCURRENCY_LIMIT,
-                timeout_s=REQUEST_TIMEOUT_S, on_result=on_result, stop=stop,
-            )  # fmt: skip
-        )
+        load = replay(
+            local.url, items, model=local.model, headers={}, concurrency_limit=CONCURRENCY_LIMIT,
+            timeout_s=REQUEST_TIMEOUT_S, on_result=results.append, stop=stop,
+        )  # fmt: skip
+        sending = asyncio.create_task(load)
         began_s = asyncio.get_running_loop().time()
         while not sending.done():
             await asyncio.wait({sending}, timeout=0.25)
@@ -261,8 +257,9 @@ def _report(
     _say(report.render_text(summary, title="replay"))
     ttft, tpot = predictions(outcomes, "ttft"), predictions(outcomes, "tpot")
     if ttft:
-        _say(report.render_mape(report.mape_by_window(ttft, WINDOW_S), f"TTFT: predicted against measured, per {WINDOW_S:g} s"))
-        _say(report.render_mape(report.mape_by_window(tpot, WINDOW_S), f"TPOT: predicted against measured, per {WINDOW_S:g} s"))
+        for name, rows in (("TTFT", ttft), ("TPOT", tpot)):
+            title = f"{name}: predicted against measured, per {WINDOW_S:g} s"
+            _say(report.render_mape(report.mape_by_window(rows, WINDOW_S), title))
     version = max((o["model_version"] or 0 for o in outcomes), default=0)
     learned = sum(bool(o["model_version"]) for o in outcomes)
     _say(f"model version at the end: {version}; {learned} of {len(outcomes)} requests routed by a learned model")

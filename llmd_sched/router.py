@@ -77,9 +77,7 @@ class Router:
             raise NoEndpoints("no pods available in datastore")
         return candidates.endpoints[self._rng.randrange(len(candidates))]
 
-    def _produce(
-        self, request: Request, candidates: Candidates, now_s: float
-    ) -> tuple[Candidates, list[Producer]]:
+    def _produce(self, request: Request, candidates: Candidates, now_s: float) -> tuple[Candidates, list[Producer]]:
         """A producer that fails takes no request down: its columns are absent, and it does not follow the request."""
         worked = []
         for producer in self.producers:

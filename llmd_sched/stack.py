@@ -8,6 +8,7 @@ the error.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.metadata
 import os
 import signal
@@ -99,19 +100,15 @@ async def stop(child: Child, grace_s: float = STOP_GRACE_S) -> None:
     """SIGTERM to its whole group, SIGKILL to what is left of it after ``grace_s``."""
     if child.process.returncode is None:
         _signal_group(child.pid, signal.SIGTERM)
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(child.process.wait(), grace_s)
-        except TimeoutError:
-            pass
     _signal_group(child.pid, signal.SIGKILL)
     await child.process.wait()
 
 
 def _signal_group(pid: int, sig: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, sig)
-    except ProcessLookupError:
-        pass
 
 
 async def wait_http(url: str, child: Child, timeout_s: float = 60.0) -> None:

@@ -162,9 +162,10 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def tpot_ms(self) -> float | None:
         """(e2e - ttft) / (tokens - 1); None unless the reply streamed at least two tokens."""
-        if not self.streamed or self.ttft_ms is None or self.e2e_ms is None or (self.output_tokens or 0) < 2:
+        tokens = self.output_tokens or 0
+        if not self.streamed or self.ttft_ms is None or self.e2e_ms is None or tokens < 2:
             return None
-        return (self.e2e_ms - self.ttft_ms) / (self.output_tokens - 1)  # type: ignore[operator]
+        return (self.e2e_ms - self.ttft_ms) / (tokens - 1)
 
 
 class Sample(msgspec.Struct, frozen=True, array_like=True):

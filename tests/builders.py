@@ -177,7 +177,10 @@ def _gauge(name: str, text: str, values: Sequence[str], model: str) -> list[str]
 
 
 def _other(name: str, count: int) -> list[str]:
-    return [f'{name}{{engine="0",le="{i / 8}",model_name="tiny",quantile="{i % 7}",role="any"}} {i * 3}.0' for i in range(count)]
+    return [
+        f'{name}{{engine="0",le="{i / 8}",model_name="tiny",quantile="{i % 7}",role="any"}} {i * 3}.0'
+        for i in range(count)
+    ]
 
 
 def _cache_labels(blocks: str) -> str:

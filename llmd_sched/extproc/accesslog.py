@@ -44,7 +44,8 @@ def read_entry(entry: accesslog_pb2.HTTPAccessLogEntry) -> tuple[str, Outcome] |
         return None
     start_us = common.start_time.seconds * 1e6 + common.start_time.nanos / 1e3
     sent_us = start_us + _us(common.time_to_first_upstream_tx_byte)
-    first_us, last_us = (noted[k].number_value if k in noted else 0.0 for k in (names.FIRST_BODY_US, names.LAST_BODY_US))
+    marks = (names.FIRST_BODY_US, names.LAST_BODY_US)
+    first_us, last_us = (noted[k].number_value if k in noted else 0.0 for k in marks)
     end_us = last_us or start_us + _us(common.duration)
     status = entry.response.response_code.value
     outcome = read_outcome(

@@ -76,9 +76,7 @@ class ExtProcServer:
         settings = self.settings
         stream = _Stream(
             self.picker,
-            Session(
-                settings.max_body_bytes, honour_subset=settings.honour_subset, emit_scores=settings.emit_scores
-            ),
+            Session(settings.max_body_bytes, honour_subset=settings.honour_subset, emit_scores=settings.emit_scores),
         )
         self.open_streams += 1
         try:

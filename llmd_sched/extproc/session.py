@@ -124,9 +124,10 @@ class Session:
         if self._route_asked:
             return []
         chunk = message.request_body
-        self._size_bytes += len(chunk.body)
+        body = chunk.body  # every look at the field makes a copy
+        self._size_bytes += len(body)
         self._check_size(self._size_bytes)
-        self._chunks.append(chunk.body)
+        self._chunks.append(body)
         if self.path is Path.DUPLEX and not chunk.end_of_stream:
             return []
         return [self._ask_route(message, b"".join(self._chunks))]
@@ -165,9 +166,7 @@ class Session:
             return [ProcessingResponse(request_body=reply, dynamic_metadata=metadata)]
         self._reply = ReplyReader(streaming=decision.request.streaming, sent_s=now_s)
         replies: list[Event] = [
-            ProcessingResponse(
-                request_headers=ext_proc_pb2.HeadersResponse(response=common), dynamic_metadata=metadata
-            )
+            ProcessingResponse(request_headers=ext_proc_pb2.HeadersResponse(response=common), dynamic_metadata=metadata)
         ]
         pieces = messages.streamed_body(body, end_of_stream=not self._has_trailers)
         replies += [ProcessingResponse(request_body=piece) for piece in pieces]
@@ -200,11 +199,12 @@ class Session:
 
     def _response_body(self, message: ext_proc_pb2.ProcessingRequest, now_s: float) -> list[Event]:
         chunk = message.response_body
+        body = chunk.body
         events: list[Event] = []
-        if self._reply is not None and chunk.body and self._reply.body(chunk.body, now_s):
+        if self._reply is not None and body and self._reply.body(body, now_s):
             events.append(FirstToken())
-        for piece in messages.streamed_body(chunk.body, end_of_stream=chunk.end_of_stream):
-            events.append(ProcessingResponse(response_body=piece))  # noqa: PERF401 (nearly always one)
+        pieces = messages.streamed_body(body, end_of_stream=chunk.end_of_stream)
+        events += [ProcessingResponse(response_body=piece) for piece in pieces]
         return events + self._end(now_s) if chunk.end_of_stream else events
 
     def _response_trailers(self, message: ext_proc_pb2.ProcessingRequest, now_s: float) -> list[Event]:

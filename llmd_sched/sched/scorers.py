@@ -106,7 +106,7 @@ class TokenLoadScorer(Scorer, frozen=True):
 class ActiveRequestScorer(Scorer, frozen=True):
     """Fewer of our own open requests.
 
-    Up to ``idleThreshold`` -> 1; else (max - count) / max * ``maxBusyScore``. ``requestTimeout`` is accepted and unused.
+    Up to ``idleThreshold`` -> 1; else (max - count) / max * ``maxBusyScore``. ``requestTimeout`` is accepted, unused.
     """
 
     idle_threshold: int = 0
@@ -148,8 +148,10 @@ class LatencyScorer(Scorer, frozen=True):
     def check(self) -> None:
         if self.headroom_selection_strategy not in ("least", "most"):
             raise ValueError("headroomSelectionStrategy must be least or most")
-        weights = (self.ttft_weight, self.tpot_weight)
-        weights += (self.composite_kv_weight, self.composite_queue_weight, self.composite_prefix_weight)
+        weights = (
+            *(self.ttft_weight, self.tpot_weight),
+            *(self.composite_kv_weight, self.composite_queue_weight, self.composite_prefix_weight),
+        )
         if not all(math.isfinite(w) and w >= 0 for w in weights):
             raise ValueError("weights must be finite and 0 or more")
 
@@ -198,7 +200,7 @@ class LatencyScorer(Scorer, frozen=True):
         queue = (longest - waiting) / longest if longest > 0 else np.ones(len(waiting))
         share = prefix_share(candidates, self.reads()[1].producer)
         blend = weights[0] * (1 - candidates.column("kv_usage")) + weights[1] * queue + weights[2] * share
-        return np.round(100 * blend) / 100
+        return np.asarray(np.round(100 * blend) / 100)
 
 
 def _unit_range(values: Array) -> tuple[Array, bool]:

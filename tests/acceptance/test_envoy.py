@@ -1,5 +1,525 @@
-"""smoke"""
+"""Real Envoy, real scheduler, simulated engines: what a client meets on either data path, in good times and bad."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import psutil
 import pytest
+import pytest_asyncio
+from aiohttp import web
+
+from llmd_sched.app import Scheduler, ServeSettings
+from llmd_sched.extproc.envoy import EnvoySettings, render
+from llmd_sched.sim.steptime import PRESETS
+from llmd_sched.stack import Stack, StackError, envoy_binary, free_ports, stop, wait_http
+
+if TYPE_CHECKING:
+    from tests.acceptance.conftest import World
+
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-async def test_x(world):
+
+MODEL = PRESETS["llama-3-8b-h100"].model
+PATIENCE_S = 20.0
+BROKEN = (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError)
+"""What a client sees when a stream breaks off."""
+
+
+def new_id() -> str:
+    return f"test-{uuid.uuid4()}"
+
+
+def events_of(text: bytes) -> list[Any]:
+    """The events of a stream, decoded; the end mark stays a string."""
+    texts = [part.removeprefix(b"data: ").decode() for part in text.split(b"\n\n") if part]
+    return [t if t == "[DONE]" else json.loads(t) for t in texts]
+
+
+async def until(what: Any, message: str) -> None:
+    """Poll a coroutine function until it says true."""
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            while not await what():
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        pytest.fail(f"waited {PATIENCE_S:g} s in vain: {message}")
+
+
+# --- good times --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_whole_reply_is_measured(world: World) -> None:
+    request_id = new_id()
+    async with world.ask(max_tokens=7, headers={"x-request-id": request_id}) as reply:
+        assert reply.status == 200
+        assert reply.headers["x-inference-pod"].startswith("engine-")
+        told = await reply.json()
+    assert told["usage"]["completion_tokens"] == 7
+    seen = await world.outcome(request_id)
+    assert (seen["end"], seen["status"], seen["model"]) == ("finished", 200, MODEL)
+    assert (seen["prompt_tokens"], seen["output_tokens"]) == (told["usage"]["prompt_tokens"], 7)
+    assert seen["ttft_ms"] is None, "a whole reply does not say when its first token came"
+    assert seen["e2e_ms"] > 0
+    await world.idle()
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+async def test_a_stream_is_measured(world: World, include_usage: bool) -> None:
+    request_id = new_id()
+    options = {"stream_options": {"include_usage": True}} if include_usage else {}
+    async with world.ask(max_tokens=40, stream=True, headers={"x-request-id": request_id}, **options) as reply:
+        assert reply.status == 200
+        assert reply.content_type == "text/event-stream"
+        events = events_of(await reply.read())
+    assert events[-1] == "[DONE]"
+    assert len(events) == 40 + include_usage + 1
+    seen = await world.outcome(request_id)
+    assert (seen["end"], seen["status"], seen["output_tokens"]) == ("finished", 200, 40)
+    assert (seen["prompt_tokens"] is not None) is include_usage
+    assert 0 < seen["ttft_ms"] < seen["e2e_ms"]
+    assert 0 < seen["tpot_ms"] < seen["e2e_ms"]
+    await world.idle()
+
+
+async def test_the_models_are_listed_without_a_body_to_route_by(world: World) -> None:
+    async with world.http.get(f"{world.url}/v1/models") as reply:
+        assert reply.status == 200
+        assert [m["id"] for m in (await reply.json())["data"]] == [MODEL]
+    await world.idle()
+
+
+async def test_a_chunked_request_arrives_whole(world: World) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        raw = json.dumps({"model": MODEL, "prompt": "p" * 4000, "max_tokens": 3}).encode()
+        for i in range(0, len(raw), 500):
+            yield raw[i : i + 500]
+
+    async with world.http.post(f"{world.url}/v1/completions", data=pieces()) as reply:
+        assert reply.status == 200
+        assert (await reply.json())["usage"]["prompt_tokens"] == 1000
+    await world.idle()
+
+
+async def test_a_prompt_of_a_megabyte_arrives_whole(world: World) -> None:
+    """The engine counts its tokens, and refuses them only because its context is shorter."""
+    async with world.ask(prompt="word" * 262_144) as reply:
+        assert reply.status == 400
+        assert "262144 prompt tokens" in (await reply.json())["error"]["message"]
     await world.still_serves()
+
+
+async def test_the_model_is_rewritten_by_header(world: World) -> None:
+    async with world.ask(model="an-alias-of-another-length", headers={"x-llm-d-model-name-rewrite": MODEL}) as reply:
+        assert reply.status == 200, await reply.text()
+        assert (await reply.json())["model"] == MODEL
+    await world.idle()
+
+
+async def test_fifty_streams_at_once_all_complete(world: World) -> None:
+    async def one(number: int) -> tuple[int, Any]:
+        async with world.ask(prompt=f"{number} " * 100, max_tokens=30, stream=True) as reply:
+            return reply.status, events_of(await reply.read())[-1]
+
+    assert await asyncio.gather(*(one(i) for i in range(50))) == [(200, "[DONE]")] * 50
+    await world.idle()
+
+
+async def test_the_model_learns_from_the_traffic(world: World) -> None:
+    async def one(number: int) -> None:
+        async with world.ask(prompt=f"{number} " * (1 + number % 40) * 20, max_tokens=12, stream=True) as reply:
+            await reply.read()
+
+    for start in range(0, 150, 10):
+        await asyncio.gather(*(one(i) for i in range(start, start + 10)))
+
+    async def learned() -> bool:
+        return await world.metric("predictor_model_version") > 0
+
+    await until(learned, "no model was ever published")
+    request_id = new_id()
+    async with world.ask(max_tokens=12, stream=True, headers={"x-request-id": request_id}) as reply:
+        await reply.read()
+    seen = await world.outcome(request_id)
+    assert seen["model_version"] > 0
+    assert seen["predicted_ttft_ms"] > 0
+    assert seen["predicted_tpot_ms"] > 0
+    await world.idle()
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "no JSON": (b"no JSON", 400, "inference error: BadRequest - error unmarshaling request bodyMap: "),
+    "no object": (b"[1, 2]", 400, "inference error: BadRequest - error unmarshaling request bodyMap: "),
+    "no model": (b'{"prompt": "p"}', 400, "inference error: BadRequest - model not found in request body"),
+    "no prompt": (b'{"model": "m"}', 400, "inference error: BadRequest - invalid completions request: must have prompt"),
+    "a model nobody serves": (b'{"model": "other", "prompt": "p"}', 404, '"the model '),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+async def test_bad_input_is_answered_with_what_is_wrong(world: World, name: str) -> None:
+    raw, status, text = BAD[name]
+    async with world.http.post(f"{world.url}/v1/completions", data=raw) as reply:
+        told = await reply.text()
+        assert reply.status == status
+        assert text in told
+    await world.still_serves()
+
+
+async def test_an_empty_chunked_body_is_no_request(world: World) -> None:
+    async def nothing() -> AsyncIterator[bytes]:
+        return
+        yield b""
+
+    async with world.http.post(f"{world.url}/v1/completions", data=nothing()) as reply:
+        assert reply.status == 400
+    await world.still_serves()
+
+
+async def test_a_post_without_a_body_is_the_engines_to_refuse(world: World) -> None:
+    async with world.http.post(f"{world.url}/v1/completions") as reply:
+        assert reply.status == 400
+        assert reply.headers["x-inference-pod"]
+    await world.still_serves()
+
+
+async def read_all(reader: asyncio.StreamReader) -> bytes:
+    """Until the end, or until the peer resets the connection."""
+    got = b""
+    try:
+        while piece := await asyncio.wait_for(reader.read(65536), PATIENCE_S):
+            got += piece
+    except ConnectionError:
+        pass
+    return got
+
+
+async def send_much(port: int, head: str, pieces: list[bytes]) -> bytes:
+    """Send until the server has had enough, while reading its answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    answer = asyncio.create_task(read_all(reader))
+    try:
+        writer.write(f"POST /v1/completions HTTP/1.1\r\nhost: test\r\nconnection: close\r\n{head}\r\n\r\n".encode())
+        for piece in pieces:
+            if answer.done():
+                break
+            writer.write(piece)
+            await writer.drain()
+    except ConnectionError:
+        pass
+    got = await answer
+    writer.close()
+    return got
+
+
+MEGABYTE = b"x" * (1 << 20)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_body_of_ten_megabytes_is_too_large(world: World, chunked: bool) -> None:
+    if chunked:
+        head, pieces = "transfer-encoding: chunked", [b"100000\r\n" + MEGABYTE + b"\r\n"] * 10 + [b"0\r\n\r\n"]
+    else:
+        head, pieces = f"content-length: {10 << 20}", [MEGABYTE] * 10
+    answer = await send_much(world.listen, head, pieces)
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    await world.still_serves()
+
+
+@pytest.mark.parametrize("sent", [b"", b'{"model": "m", "pro', b"\x00" * 900])
+async def test_a_client_that_closes_in_mid_request_leaves_nothing_behind(world: World, sent: bytes) -> None:
+    before = await world.metric("request_total")
+    for _ in range(3):
+        _, writer = await asyncio.open_connection("127.0.0.1", world.listen)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: test\r\ncontent-length: 1000\r\n\r\n" + sent)
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+    await world.still_serves()
+    assert await world.metric("request_total") == before + 1, "half a request is no request"
+
+
+async def test_a_client_that_goes_in_mid_stream_is_noticed(world: World) -> None:
+    aborted = await world.metric("request_error_total", 'error_code="aborted"')
+    request_id = new_id()
+    async with world.ask(max_tokens=20_000, stream=True, headers={"x-request-id": request_id}) as reply:
+        assert reply.status == 200
+        await reply.content.readany()
+        assert await world.metric("open_requests") == 1
+        reply.close()
+    seen = await world.outcome(request_id)
+    assert seen["end"] == "aborted"
+    assert seen["ttft_ms"] > 0, "when the first token came is known all the same"
+    await world.still_serves()
+    assert await world.metric("request_error_total", 'error_code="aborted"') == aborted + 1
+
+
+async def test_a_client_that_goes_before_the_reply_is_noticed(world: World) -> None:
+    request_id = new_id()
+    asking = asyncio.create_task(send_and_wait(world, request_id))
+
+    async def open_one() -> bool:
+        return await world.metric("open_requests") == 1
+
+    await until(open_one, "the request was never routed")
+    asking.cancel()
+    assert (await world.outcome(request_id))["end"] == "aborted"
+    await world.still_serves()
+
+
+async def send_and_wait(world: World, request_id: str) -> None:
+    async with world.ask(max_tokens=20_000, headers={"x-request-id": request_id}) as reply:
+        await reply.read()
+
+
+# --- headers -----------------------------------------------------------------------------------------------------------
+
+
+class Echo:
+    """A model server that tells which header lines reached it, behind a scheduler and an Envoy of its own."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.http: aiohttp.ClientSession
+        self.scheduler: Scheduler
+
+    async def post(self, headers: list[tuple[str, str]], url: str = "") -> tuple[int, list[tuple[str, str]], Any]:
+        """Status, lower-case names and values the engine saw, and the response's headers."""
+        raw = json.dumps({"model": "m", "prompt": "p"}).encode()
+        from multidict import CIMultiDict
+
+        async with self.http.post(f"{url or self.url}/v1/completions", data=raw, headers=CIMultiDict(headers)) as reply:
+            seen = [(k.lower(), v) for k, v in await reply.json()]
+            return reply.status, seen, reply.headers
+
+
+async def echo_server(port: int) -> web.AppRunner:
+    async def answer(request: web.Request) -> web.Response:
+        response = web.json_response(list(request.headers.items()))
+        for cookie in ("a=1; Path=/", "b=2; Secure", "c=3"):
+            response.headers.add("set-cookie", cookie)
+        return response
+
+    app = web.Application()
+    app.add_routes([web.route("*", "/{rest:.*}", answer)])
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", port).start()
+    return runner
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["lean", "duplex"])
+async def echo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Echo]:
+    try:
+        envoy_binary()
+    except StackError as missing:
+        pytest.skip(str(missing))
+    folder: Path = tmp_path_factory.mktemp("echo")
+    engine, grpc, health, metrics, listen, admin = free_ports(6)
+    endpoints = folder / "endpoints.yaml"
+    endpoints.write_text(f"endpoints: [{{name: echo, address: 127.0.0.1, port: {engine}}}]\n")
+    runner = await echo_server(engine)
+    made = Echo()
+    made.url = f"http://127.0.0.1:{listen}"
+    made.scheduler = Scheduler(
+        ServeSettings(
+            host="127.0.0.1", grpc_port=grpc, health_port=health, metrics_port=metrics, secure_serving=False,
+            endpoints_file=str(endpoints), drain_timeout_s=0.0, scrape_interval_s=1.0,
+        )
+    )  # fmt: skip
+    await made.scheduler.start()
+    try:
+        async with Stack(folder) as stack, aiohttp.ClientSession() as session:
+            made.http = session
+            settings = EnvoySettings(
+                path=request.param, listen_host="127.0.0.1", listen_port=listen, admin_port=admin, scheduler_port=grpc
+            )
+            envoy = await stack.start_envoy(render(settings))
+            await wait_http(f"http://127.0.0.1:{admin}/ready", envoy)
+
+            async def healthy() -> bool:
+                async with session.get(f"{made.url}/v1/models") as reply:
+                    return reply.status == 200
+
+            await until(healthy, "Envoy never found the scheduler healthy")
+            yield made
+    finally:
+        await made.scheduler.stop()
+        await runner.cleanup()
+
+
+async def test_header_lines_of_one_name_all_survive(echo: Echo) -> None:
+    sent = [("x-tag", "one"), ("x-tag", "two"), ("x-tag", "three"), ("x-other", "1")]
+    status, seen, answered = await echo.post(sent)
+    assert status == 200
+    together = ",".join(value for name, value in seen if name == "x-tag").replace(" ", "")
+    assert together == "one,two,three"
+    assert ("x-other", "1") in seen
+    assert answered.getall("set-cookie") == ["a=1; Path=/", "b=2; Secure", "c=3"]
+
+
+async def test_the_clients_request_id_reaches_the_engine_unchanged(echo: Echo) -> None:
+    _, seen, _ = await echo.post([("x-request-id", "From-The Client/1")])
+    assert [v for name, v in seen if name == "x-request-id"] == ["From-The Client/1"]
+
+
+async def test_a_request_without_an_id_gets_one(echo: Echo) -> None:
+    _, seen, _ = await echo.post([])
+    (made,) = [v for name, v in seen if name == "x-request-id"]
+    assert uuid.UUID(made)
+
+
+async def test_the_traceparent_reaches_the_engine_unchanged(echo: Echo) -> None:
+    value = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    _, seen, _ = await echo.post([("traceparent", value)])
+    assert [v for name, v in seen if name == "traceparent"] == [value]
+
+
+async def test_a_client_cannot_choose_its_destination(echo: Echo) -> None:
+    elsewhere = "127.0.0.1:1"
+    for _ in range(2):
+        status, seen, _ = await echo.post([("x-gateway-destination-endpoint", elsewhere)] * 2)
+        assert status == 200
+        assert elsewhere not in [v for _, v in seen]
+    async with echo.http.get(f"{echo.url}/v1/models", headers={"x-gateway-destination-endpoint": elsewhere}) as reply:
+        assert reply.status == 200
+
+
+async def test_exactly_one_content_length_reaches_the_engine(echo: Echo) -> None:
+    for headers in ([], [("x-llm-d-model-name-rewrite", "another-name")]):
+        status, seen, _ = await echo.post(headers)
+        assert status == 200
+        lengths = [v for name, v in seen if name in ("content-length", "transfer-encoding")]
+        expected = json.dumps({"model": "m", "prompt": "p"}) if not headers else '{"model":"another-name","prompt":"p"}'
+        assert lengths == [str(len(expected))]
+
+
+async def test_nothing_is_left_open_behind_the_echo(echo: Echo) -> None:
+    async def none_open() -> bool:
+        return not echo.scheduler.router.open
+
+    await until(none_open, "requests are still open")
+    assert echo.scheduler.router.lost == 0
+
+
+# --- bad times ---------------------------------------------------------------------------------------------------------
+
+
+async def test_an_engine_killed_in_mid_stream_breaks_its_stream_and_nothing_else(world: World) -> None:
+    errors = await world.metric("scrape_errors_total")
+    request_id = new_id()
+    async with world.ask(max_tokens=20_000, stream=True, headers={"x-request-id": request_id}) as reply:
+        pod = reply.headers["x-inference-pod"]
+        await reply.content.readany()
+        number = int(pod.removeprefix("engine-"))
+        await world.kill(world.engines[number])
+        with pytest.raises(BROKEN):
+            while not reply.content.at_eof():
+                await reply.content.readany()
+    seen = await world.outcome(request_id)
+    assert seen["end"] in ("upstream-failed", "aborted")
+    assert seen["status"] == 200
+
+    async def known_dead() -> bool:
+        return await world.metric("scrape_errors_total") >= errors + 2
+
+    await until(known_dead, "the dead engine was never noticed")
+    for _ in range(10):
+        async with world.ask() as after:
+            await after.read()
+            assert after.status == 200
+            assert after.headers["x-inference-pod"] != pod
+    await world.idle()
+    await world.replace_engine(number)
+
+    async def back() -> bool:
+        async with world.ask() as reply:
+            await reply.read()
+            return reply.headers.get("x-inference-pod") == pod
+
+    await until(back, "the engine that came back never got a request")
+    await world.idle()
+
+
+async def test_without_a_scheduler_requests_fail_until_it_is_back(world: World) -> None:
+    """Fail closed, the default; the 200 of an answer can only come from an engine the scheduler chose."""
+    trainers = psutil.Process(world.scheduler.pid).children(recursive=True)
+    await world.kill(world.scheduler)
+    for _ in range(5):
+        async with world.ask() as reply:
+            assert reply.status in (500, 503)
+            assert "x-inference-pod" not in reply.headers
+    async with world.http.get(f"{world.url}/v1/models") as reply:
+        assert reply.status in (500, 503)
+    _, alive = await asyncio.to_thread(psutil.wait_procs, trainers, PATIENCE_S)
+    assert not alive, "the trainer outlives its scheduler"
+    await world.replace_scheduler()
+    await until(world.succeeds, "never again a success")
+    await world.still_serves()
+
+
+async def test_failing_open_sends_nothing_anywhere_without_a_destination(world: World) -> None:
+    """Requests pass the filter, but the routing cluster knows no endpoint of its own, nor may the client name one."""
+    listen, admin = free_ports(2)
+    envoy = await world.start_envoy("envoy-open", listen, admin, fail_open=True)
+    url = f"http://127.0.0.1:{listen}"
+
+    async def succeeds() -> bool:
+        return await world.succeeds(url)
+
+    await until(succeeds, "the second Envoy never worked")
+    await world.kill(world.scheduler)
+    chosen = {"x-gateway-destination-endpoint": f"127.0.0.1:{world.engine_ports[0]}"}
+    for headers in ({}, chosen):
+        async with world.ask(url=url, headers=headers) as reply:
+            assert reply.status == 503
+            assert await reply.text() == "no healthy upstream"
+    await world.replace_scheduler()
+    await until(succeeds, "never again a success")
+    await world.idle()
+    await stop(envoy)
+    world.forget(envoy)
+
+
+async def test_a_scheduler_told_to_stop_finishes_what_is_open(world: World) -> None:
+    async with world.ask(max_tokens=200, stream=True) as reply:
+        await reply.content.readany()
+        world.scheduler.process.terminate()
+        assert events_of(b"data: " + (await reply.read()).partition(b"data: ")[2])[-1] == "[DONE]"
+    assert await asyncio.wait_for(world.scheduler.process.wait(), PATIENCE_S) == 0
+    await world.replace_scheduler()
+    await until(world.succeeds, "never again a success")
+    await world.still_serves()
+
+
+# --- configuration -----------------------------------------------------------------------------------------------------
+
+SETTINGS = {
+    "lean": EnvoySettings(path="lean"),
+    "duplex": EnvoySettings(path="duplex"),
+    "TLS, fail open": EnvoySettings(path="duplex", scheduler_tls=True, fail_open=True, admin_port=0),
+    "IPv6": EnvoySettings(path="lean", listen_host="::1", scheduler_host="::1", max_body_bytes=100 << 20),
+    "a scheduler by name": EnvoySettings(path="lean", scheduler_host="scheduler.local", scheduler_tls=True),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+async def test_envoy_accepts_the_configuration(tmp_path: Path, name: str) -> None:
+    try:
+        binary = envoy_binary()
+    except StackError as missing:
+        pytest.skip(str(missing))
+    file = tmp_path / "envoy.json"
+    file.write_text(render(SETTINGS[name]))
+    command = [str(binary), "--mode", "validate", "-c", str(file), "-l", "warning"]
+    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "deprecated" not in (done.stdout + done.stderr).lower()

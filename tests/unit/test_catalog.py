@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import ClassVar
 
 import pytest
 import yaml
 
 from llmd_sched import catalog
-from llmd_sched.catalog import Declared, Resolved, build_parsers, resolve
+from llmd_sched.catalog import Declared, Resolved, build_parsers, build_router, resolve
 from llmd_sched.config import DEFAULT_CONFIG, load
 from llmd_sched.errors import ConfigError
 from llmd_sched.parsers.openai import OpenAIParser
 from llmd_sched.parsers.passthrough import PassthroughParser
 from llmd_sched.plugin import Attribute, ProducerPlugin, Reads
-from tests.builders import CONFIG_HEAD, INFLIGHT, LATENCY, PREFIX, as_builtins, endpoints, pool_of, router_of
+from llmd_sched.sched.scorers import QueueScorer
+from tests.builders import CONFIG_HEAD, INFLIGHT, LATENCY, PREFIX, as_builtins, endpoints, pool_of
 
 
 def resolved(body: str) -> Resolved:
@@ -35,6 +37,16 @@ def test_the_built_in_configuration_resolves_to_the_reference_blend() -> None:
     ]
     assert one.producers == (PREFIX,)
     assert one.parsers == ("openai-parser", "passthrough-parser")
+
+
+def test_the_live_profile_has_the_configured_weights_and_one_where_none_is_given() -> None:
+    one = resolved(
+        "plugins: [{type: queue-scorer}, {type: kv-cache-utilization-scorer}, {type: token-load-scorer}]\n"
+        "schedulingProfiles: [{name: p, plugins: [{pluginRef: queue-scorer, weight: 0}, "
+        "{pluginRef: kv-cache-utilization-scorer, weight: 2.5}, {pluginRef: token-load-scorer}]}]"
+    )
+    profile = build_router(one, pool_of(endpoints(1)), Random(0)).profile
+    assert (profile.name, [weight for _, weight in profile.scorers]) == ("p", [0.0, 2.5, 1.0])
 
 
 def test_without_profiles_one_holds_every_declared_filter_scorer_and_picker() -> None:
@@ -111,7 +123,10 @@ def test_parsers_come_in_the_order_they_are_referenced() -> None:
         ("{type: token-load-scorer}", (INFLIGHT,)),
         ("{type: active-request-scorer}", (INFLIGHT,)),
         ("{type: prefix-cache-affinity-filter}", (PREFIX, INFLIGHT)),
-        ("{type: prefix-cache-affinity-filter, parameters: {ttftSource: latencyPredictor}}", (PREFIX, INFLIGHT, LATENCY)),
+        (
+            "{type: prefix-cache-affinity-filter, parameters: {ttftSource: latencyPredictor}}",
+            (PREFIX, INFLIGHT, LATENCY),
+        ),
         ("{type: latency-scorer}", (PREFIX, INFLIGHT, LATENCY)),
         ("{type: slo-headroom-tier-filter}", (PREFIX, INFLIGHT, LATENCY)),
         ("{type: predicted-latency-producer}", (PREFIX, INFLIGHT, LATENCY)),
@@ -158,11 +173,15 @@ def test_two_producers_of_a_kind_stand_side_by_side() -> None:
     [
         ("plugins: [{type: warp}]", "$.plugins[0].type", "unknown plugin type 'warp'; known: active-request-scorer, "),
         ("plugins: [{type: queue-scorer}, {type: queue-scorer}]", "$.plugins[1].type", "'queue-scorer' is used twice"),
-        ("plugins: [{type: queue-scorer, name: a}, {type: random-picker, name: a}]", "$.plugins[1].name", "'a' is used twice"),
+        (
+            "plugins: [{type: queue-scorer, name: a}, {type: random-picker, name: a}]",
+            "$.plugins[1].name",
+            "'a' is used twice",
+        ),
         (
             "plugins: [{type: latency-scorer, parameters: {ttftWieght: 1}}]",
             "$.plugins[0].parameters",
-            "unknown field `ttftWieght`; accepted: ttftWeight, tpotWeight, headroomSelectionStrategy, compositeKVWeight",
+            "unknown field `ttftWieght`; accepted: ttftWeight, tpotWeight, headroomSelectionStrategy, ",
         ),
         ("plugins: [{type: queue-scorer, parameters: {a: 1}}]", "$.plugins[0].parameters", "this takes no parameters"),
         (
@@ -170,7 +189,11 @@ def test_two_producers_of_a_kind_stand_side_by_side() -> None:
             "$.plugins[0].parameters.maxNumOfEndpoints",
             "Expected `int`",
         ),
-        ("plugins: [{type: max-score-picker, parameters: {maxNumOfEndpoints: 0}}]", "$.plugins[0].parameters", "at least 1"),
+        (
+            "plugins: [{type: max-score-picker, parameters: {maxNumOfEndpoints: 0}}]",
+            "$.plugins[0].parameters",
+            "at least 1",
+        ),
         ("schedulingProfiles: [{name: ''}]", "$.schedulingProfiles[0].name", "must not be empty"),
         ("schedulingProfiles: [{name: a}, {name: b}]", "$.schedulingProfiles", "single-profile-handler runs one"),
         ("schedulingProfiles: [{name: a}, {name: a}]", "$.schedulingProfiles", "profile"),
@@ -180,7 +203,8 @@ def test_two_producers_of_a_kind_stand_side_by_side() -> None:
             "undefined plugin 'nobody'; declared: none",
         ),
         (
-            "plugins: [{type: random-picker}]\nschedulingProfiles: [{name: a, plugins: [{pluginRef: random-picker, weight: 2}]}]",
+            "plugins: [{type: random-picker}]\n"
+            "schedulingProfiles: [{name: a, plugins: [{pluginRef: random-picker, weight: 2}]}]",
             "$.schedulingProfiles[0].plugins[0].weight",
             "only a scorer takes a weight",
         ),
@@ -195,7 +219,11 @@ def test_two_producers_of_a_kind_stand_side_by_side() -> None:
             "$.plugins",
             "multiple profile handlers found: single-profile-handler, b",
         ),
-        ("requestHandler: {parsers: [{pluginRef: x}]}", "$.requestHandler.parsers[0].pluginRef", "undefined plugin 'x'"),
+        (
+            "requestHandler: {parsers: [{pluginRef: x}]}",
+            "$.requestHandler.parsers[0].pluginRef",
+            "undefined plugin 'x'",
+        ),
         ("parser: {pluginRef: x}", "$.parser.pluginRef", "undefined plugin 'x'"),
         (
             "plugins: [{type: queue-scorer}]\nrequestHandler: {parsers: [{pluginRef: queue-scorer}]}",
@@ -247,8 +275,10 @@ class _Loop(ProducerPlugin, frozen=True):
 
 def test_producers_that_read_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(catalog.TYPES, "loop", _Loop)
-    with pytest.raises(ConfigError, match="producers read each other in a circle: .* -> "):
-        resolved("plugins: [{type: loop, name: a, parameters: {other: b}}, {type: loop, name: b, parameters: {other: a}}]")
+    with pytest.raises(ConfigError, match=r"producers read each other in a circle: .* -> "):
+        resolved(
+            "plugins: [{type: loop, name: a, parameters: {other: b}}, {type: loop, name: b, parameters: {other: a}}]"
+        )
 
 
 def test_a_producer_may_stand_in_a_profile() -> None:
@@ -256,14 +286,15 @@ def test_a_producer_may_stand_in_a_profile() -> None:
         f"plugins: [{{type: {INFLIGHT}}}, {{type: queue-scorer}}]\n"
         f"schedulingProfiles: [{{name: a, plugins: [{{pluginRef: {INFLIGHT}}}, {{pluginRef: queue-scorer}}]}}]"
     )
-    router = router_of("", pool_of(endpoints(1)))
-    assert refs(one)[:2] == [INFLIGHT, "queue-scorer"]
-    assert router.profile.picker is not None
+    assert refs(one) == [INFLIGHT, "queue-scorer", "max-score-picker"]
+    profile = build_router(one, pool_of(endpoints(1)), Random(0)).profile
+    assert [type(scorer) for scorer, _ in profile.scorers] == [QueueScorer]
 
 
 def test_discovery_is_taken_from_the_data_layer() -> None:
     one = resolved(
-        "plugins: [{type: file-discovery, parameters: {path: p.yaml}}]\ndataLayer: {discovery: {pluginRef: file-discovery}}"
+        "plugins: [{type: file-discovery, parameters: {path: p.yaml}}]\n"
+        "dataLayer: {discovery: {pluginRef: file-discovery}}"
     )
     assert one.discovery == "file-discovery"
     assert resolved("").discovery is None

@@ -46,7 +46,11 @@ SCHEMA = "apiVersion, kind, featureGates, plugins, schedulingProfiles, dataLayer
         ("requestHandler: {parser: x}", "$.requestHandler", "unknown field `parser`; accepted: parsers"),
         ("requestHandler: {parsers: [{}]}", "$.requestHandler.parsers[0]", "missing required field `pluginRef`"),
         ("featureGates: [1]", "$.featureGates[0]", "Expected `str`"),
-        ("featureGates: [haPopulateNonLeaderDatastore, warp]", "$.featureGates[1]", "unknown feature gate 'warp'; known:"),
+        (
+            "featureGates: [haPopulateNonLeaderDatastore, warp]",
+            "$.featureGates[1]",
+            "unknown feature gate 'warp'; known:",
+        ),
         ("featureGates: [haPopulateNonLeaderDatastore=maybe]", "$.featureGates[0]", "must be true or false"),
         ("featureGates: [flowControl]", "$.featureGates[0]", "not supported yet"),
         ("featureGates: [flowControl=true]", "$.featureGates[0]", "not supported yet"),
@@ -96,7 +100,12 @@ def test_json_is_accepted_too() -> None:
 
 @pytest.mark.parametrize(
     "gate",
-    ["haPopulateNonLeaderDatastore", "haPopulateNonLeaderDatastore=true", "haPopulateNonLeaderDatastore=false", "flowControl=false"],
+    [
+        "haPopulateNonLeaderDatastore",
+        "haPopulateNonLeaderDatastore=true",
+        "haPopulateNonLeaderDatastore=false",
+        "flowControl=false",
+    ],
 )
 def test_a_known_gate_is_accepted_in_every_notation(gate: str) -> None:
     assert load(CONFIG_HEAD + f"featureGates: [{gate}]").feature_gates == (gate,)
@@ -257,9 +266,13 @@ def test_any_value_in_any_field_raises_nothing_but_config_errors(fields: dict[st
 
 @fuzzed
 @given(
-    st.sampled_from(["prefix-cache-affinity-filter", "latency-scorer", "approx-prefix-cache-producer", "max-score-picker"]),
+    st.sampled_from(
+        ["prefix-cache-affinity-filter", "latency-scorer", "approx-prefix-cache-producer", "max-score-picker"]
+    ),
     st.dictionaries(
-        st.sampled_from(["affinityThreshold", "ttftWeight", "blockSize", "autoTune", "maxNumOfEndpoints", "x"]), JUNK, max_size=3
+        st.sampled_from(["affinityThreshold", "ttftWeight", "blockSize", "autoTune", "maxNumOfEndpoints", "x"]),
+        JUNK,
+        max_size=3,
     ),
 )
 def test_any_parameters_raise_nothing_but_config_errors(kind: str, parameters: dict[str, object]) -> None:

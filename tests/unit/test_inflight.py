@@ -97,7 +97,9 @@ def test_an_end_told_twice_or_of_a_stranger_changes_nothing() -> None:
         (0, 0, 0, 0),
     ],
 )
-def test_uncached_tokens_are_what_the_index_does_not_know(match: float, total: float, tokens: int, uncached: float) -> None:
+def test_uncached_tokens_are_what_the_index_does_not_know(
+    match: float, total: float, tokens: int, uncached: float
+) -> None:
     bench = Bench(endpoints(1))
     bench.prefix = {"match": [match], "total": [total], "block": [64]}
     assert bench.uncached(tokens) == [uncached]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 import zlib
@@ -136,7 +137,18 @@ def test_a_body_that_lacks_what_its_path_needs_is_refused(path: str, body: objec
 @pytest.mark.parametrize("path", ["/v1/" + suffix for suffix in OpenAIParser.suffixes])
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"[]", b'"x"', b"null", b"\xff\xfe", b"{}x", b'{"model": "\xff"}', b'{"model": "\\ud800"}', b"\x00" * 9],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"x"',
+        b"null",
+        b"\xff\xfe",
+        b"{}x",
+        b'{"model": "\xff"}',
+        b'{"model": "\\ud800"}',
+        b"\x00" * 9,
+    ],
 )
 def test_a_body_that_is_no_json_object_is_refused(path: str, body: bytes) -> None:
     with pytest.raises(BadRequest, match="error unmarshaling request bodyMap: "):
@@ -157,7 +169,9 @@ def test_chat_prompts_are_roles_and_contents_in_order() -> None:
 
 
 def test_a_message_without_content_is_its_role() -> None:
-    assert parse(CHAT, {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}).prompts == (b"assistant",)
+    assert parse(CHAT, {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}).prompts == (
+        b"assistant",
+    )
 
 
 def test_a_longer_conversation_begins_with_the_shorter_one() -> None:
@@ -179,7 +193,9 @@ def test_a_null_field_prompts_the_same_as_an_absent_one(path: str, field: str) -
 
 
 def test_instructions_and_tools_come_before_the_input() -> None:
-    (prompt,) = parse(RESPONSES, {"input": [{"role": "user", "content": "zz"}], "instructions": "aa", "tools": [{"n": "bb"}]}).prompts
+    (prompt,) = parse(
+        RESPONSES, {"input": [{"role": "user", "content": "zz"}], "instructions": "aa", "tools": [{"n": "bb"}]}
+    ).prompts
     assert prompt.index(b"aa") < prompt.index(b"bb") < prompt.index(b"zz")
 
 
@@ -204,7 +220,9 @@ JSON = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["role", "content", "type", "text", "image_url", "url"]) | st.text(max_size=3), inner, max_size=3
+            st.sampled_from(["role", "content", "type", "text", "image_url", "url"]) | st.text(max_size=3),
+            inner,
+            max_size=3,
         )
     ),
     max_leaves=10,
@@ -218,31 +236,30 @@ PATHS = st.sampled_from(OpenAIParser.suffixes)
 @fuzzed
 @given(PATHS, st.binary(max_size=100) | st.text(alphabet='{}[]":,\\u0d8ntrue1-. é', max_size=60).map(str.encode))
 def test_any_bytes_raise_nothing_but_bad_requests(path: str, body: bytes) -> None:
-    try:
+    with contextlib.suppress(BadRequest):
         parse(path, body)
-    except BadRequest as error:
-        assert error.status == 400
 
 
 @fuzzed
 @given(PATHS, st.dictionaries(FIELDS, JSON, max_size=5))
 def test_any_object_raises_nothing_but_bad_requests(path: str, body: dict[str, object]) -> None:
-    try:
+    with contextlib.suppress(BadRequest):
         parse(path, body)
-    except BadRequest as error:
-        assert str(error)
 
 
 @fuzzed
 @given(PATHS, st.lists(st.dictionaries(st.sampled_from(["role", "content"]), JSON, max_size=2), max_size=3))
 def test_any_messages_raise_nothing_but_bad_requests(path: str, messages: list[object]) -> None:
-    try:
+    with contextlib.suppress(BadRequest):
         parse(path, {"messages": [{"role": "user", **m} for m in messages], "items": messages, "input": messages})
-    except BadRequest as error:
-        assert str(error)
 
 
-WHOLE = {"prompt_tokens": 11, "completion_tokens": 22, "total_tokens": 33, "prompt_tokens_details": {"cached_tokens": 4}}
+WHOLE = {
+    "prompt_tokens": 11,
+    "completion_tokens": 22,
+    "total_tokens": 33,
+    "prompt_tokens_details": {"cached_tokens": 4},
+}
 
 
 def numbers(tail: bytes) -> tuple[int | None, int | None, int | None] | None:
@@ -292,7 +309,9 @@ def test_usage_is_found_in_the_tail_of_every_kind_of_reply(tail: bytes, expected
 
 def test_usage_of_the_responses_api_has_other_names() -> None:
     usage = {"input_tokens": 5, "input_tokens_details": {"cached_tokens": 2}, "output_tokens": 9, "total_tokens": 14}
-    tail = b"event: response.completed\n" + event({"type": "response.completed", "response": {"usage": usage, "user": None}})
+    tail = b"event: response.completed\n" + event(
+        {"type": "response.completed", "response": {"usage": usage, "user": None}}
+    )
     assert numbers(tail) == (5, 9, 2)
 
 
@@ -305,7 +324,12 @@ def test_usage_nested_without_end_is_no_usage() -> None:
 
 
 @fuzzed
-@given(st.lists(st.sampled_from([b'"usage"', b":", b"{", b"}", b'"prompt_tokens"', b"1", b"-", b",", b"\xff", b'"', b" "]), max_size=30))
+@given(
+    st.lists(
+        st.sampled_from([b'"usage"', b":", b"{", b"}", b'"prompt_tokens"', b"1", b"-", b",", b"\xff", b'"', b" "]),
+        max_size=30,
+    )
+)
 def test_any_tail_is_read_without_an_error(pieces: list[bytes]) -> None:
     usage_in_tail(b"".join(pieces))
 
@@ -342,3 +366,12 @@ def test_any_model_name_is_written_so_that_it_reads_back(model: str) -> None:
 @given(st.dictionaries(st.text(max_size=5), JSON, max_size=5), st.text(max_size=8))
 def test_a_rewritten_body_says_the_same_but_for_the_model(body: dict[str, object], model: str) -> None:
     assert msgspec.json.decode(with_model(json.dumps(body).encode(), model)) == {**body, "model": model}
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"\xff":1,"prompt":"a"}', b'{"x":"\xff","prompt":"a"}', b'{"prompt":"a","prompt":"b"}']
+)
+def test_a_body_the_parser_accepts_can_be_rewritten_or_is_a_bad_request(body: bytes) -> None:
+    with contextlib.suppress(BadRequest):
+        parse(COMPLETIONS, body)
+        assert with_model(body, "new").endswith(b',"model":"new"}')

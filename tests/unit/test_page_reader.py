@@ -64,7 +64,9 @@ def test_several_engines_are_summed_and_their_usage_averaged() -> None:
 )
 @pytest.mark.parametrize("before", [b"", b"x 1\n"])
 @pytest.mark.parametrize("after", [b"", b"\n", b"\ny 2\n"])
-def test_a_line_is_read_first_last_and_in_between(before: bytes, line: bytes, after: bytes, value: float | None) -> None:
+def test_a_line_is_read_first_last_and_in_between(
+    before: bytes, line: bytes, after: bytes, value: float | None
+) -> None:
     assert read(before + line + after).waiting == value
 
 
@@ -96,7 +98,8 @@ def test_a_page_of_something_else_says_nothing(page: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("blocks", "facts"), [("1024", (128.0, 1024.0)), ("None", (128.0, None)), ("0", (128.0, 0.0)), ("lots", (128.0, None))]
+    ("blocks", "facts"),
+    [("1024", (128.0, 1024.0)), ("None", (128.0, None)), ("0", (128.0, 0.0)), ("lots", (128.0, None))],
 )
 def test_cache_facts_are_told_from_labels_with_similar_names(
     blocks: str, facts: tuple[float | None, float | None]
@@ -162,12 +165,19 @@ def test_all_engines_are_summed_when_the_page_has_shrunk_before_them() -> None:
 def test_a_reader_with_a_memory_reads_what_one_without_reads(shapes: list[tuple[int, int, int]]) -> None:
     reader = PageReader()
     for before, between, engines in shapes:
-        page = vllm_page(waiting=("1.0",) * engines, kv_usage=("0.5",) * engines, before=before, between=between, after=3)
+        page = vllm_page(
+            waiting=("1.0",) * engines, kv_usage=("0.5",) * engines, before=before, between=between, after=3
+        )
         assert gauges(reader.read(page, 0.0)) == gauges(read(page)) == (engines, 3.0, 0.5)
 
 
 @fuzzed
-@given(st.lists(st.sampled_from([b"vllm:num_requests_waiting", b"{", b'a="', b"}", b" ", b"\n", b"7", b"#", b"\xff"]), max_size=30))
+@given(
+    st.lists(
+        st.sampled_from([b"vllm:num_requests_waiting", b"{", b'a="', b"}", b" ", b"\n", b"7", b"#", b"\xff"]),
+        max_size=30,
+    )
+)
 def test_any_page_is_read_without_an_error(pieces: list[bytes]) -> None:
     waiting = read(b"".join(pieces)).waiting
     assert waiting is None or waiting == waiting

@@ -35,7 +35,10 @@ class Fixed(Scorer, frozen=True):
 
 
 def run(
-    waiting: list[float], filters: tuple[Filter, ...] = (), scorers: tuple[tuple[Scorer, float], ...] = (), count: int = 1
+    waiting: list[float],
+    filters: tuple[Filter, ...] = (),
+    scorers: tuple[tuple[Scorer, float], ...] = (),
+    count: int = 1,
 ) -> Picked:
     profile = Profile("p", filters, scorers, MaxScorePicker(max_num_of_endpoints=count))
     return profile.run(request(), candidates(waiting=waiting), Random(0))

@@ -231,7 +231,9 @@ def test_without_predictions_load_and_prefix_are_blended(
     assert scored(scorer, view) == pytest.approx(scores)
 
 
-@pytest.mark.parametrize(("kv_usage", "score"), [(0.625, 0.38), (0.375, 0.63), (0.125, 0.88), (0.874, 0.13), (0.876, 0.12)])
+@pytest.mark.parametrize(
+    ("kv_usage", "score"), [(0.625, 0.38), (0.375, 0.63), (0.125, 0.88), (0.874, 0.13), (0.876, 0.12)]
+)
 def test_the_blend_is_rounded_to_hundredths_with_halves_upwards(kv_usage: float, score: float) -> None:
     scorer = LatencyScorer(composite_queue_weight=0, composite_prefix_weight=0)
     assert scored(scorer, candidates(kv_usage=[kv_usage])) == pytest.approx([score])

@@ -1,0 +1,33 @@
+# Both main targets set everything up on a bare machine with python3 (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint proto clean
+
+demo: .venv/local  ## engines, scheduler and a real Envoy, a minute of traffic, a report
+	$(BIN)/llmd-sched up
+
+test: .venv/dev lint  ## all checks and all tests
+	$(BIN)/pytest
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+proto: .venv/dev  ## regenerate llmd_sched/wire from proto/
+	$(BIN)/python proto/generate.py
+
+.venv/local: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[local]'
+	touch $@
+
+.venv/dev: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@ .venv/local
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,316 @@
+"""What every plugin of the table must do; a new one is found by its row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+from typing import Any, get_args
+
+import msgspec
+import numpy as np
+import pytest
+import yaml
+
+from llmd_sched.catalog import DISCOVERY, PRODUCERS, TYPES, resolve
+from llmd_sched.config import convert, load
+from llmd_sched.errors import ConfigError
+from llmd_sched.parsers.registry import PARSERS
+from llmd_sched.plugin import (
+    DEFAULT_PRODUCER,
+    Attribute,
+    Filter,
+    Parser,
+    Picker,
+    Plugin,
+    Producer,
+    ProducerPlugin,
+    Scorer,
+)
+from llmd_sched.sched.filters import FILTERS
+from llmd_sched.sched.handlers import HANDLERS
+from llmd_sched.sched.pickers import PICKERS
+from llmd_sched.sched.scorers import SCORERS
+from llmd_sched.types import Candidates
+from tests.builders import CONFIG_HEAD, asking, candidates, decision, endpoints, full_candidates, prompt, streamed
+
+LEAST: dict[str, dict[str, Any]] = {"file-discovery": {"path": "endpoints.yaml"}}
+"""Parameters of plugins that need some."""
+
+REQUEST = asking(prompt(3), ttft_slo_ms=500.0)
+SIZES = (1, 2, 7, 200)
+
+every_type = pytest.mark.parametrize("name", TYPES)
+every_scorer = pytest.mark.parametrize("name", SCORERS)
+every_filter = pytest.mark.parametrize("name", FILTERS)
+every_picker = pytest.mark.parametrize("name", PICKERS)
+every_size = pytest.mark.parametrize("size", SIZES)
+
+
+def made(name: str, **parameters: object) -> Plugin:
+    plugin = convert({**LEAST.get(name, {}), **parameters}, TYPES[name])
+    plugin.check()
+    return plugin
+
+
+def views(size: int) -> list[Candidates]:
+    """Random values, all the same value, nothing produced, and only part of a larger set in view."""
+    larger = full_candidates(size + 3, seed=5)
+    part = np.ones(size + 3, dtype=bool)
+    part[[0, 1, -1]] = False
+    flat = {name: np.full(size, 1.0) for name in larger.columns}
+    return [
+        full_candidates(size, seed=size),
+        Candidates(endpoints(size), flat),
+        Candidates(endpoints(size), {name: values * 0.0 for name, values in flat.items()}),
+        candidates(size),
+        larger.keep(part),
+    ]
+
+
+def unchanged(view: Candidates, act: Callable[[], object]) -> None:
+    before = {name: values.copy() for name, values in view.columns.items()}
+    index = view.index.copy()
+    act()
+    assert before.keys() == view.columns.keys()
+    assert all(np.array_equal(before[name], view.columns[name]) for name in before)
+    assert np.array_equal(index, view.index)
+
+
+@every_type
+def test_a_plugin_has_a_manual(name: str) -> None:
+    kind = TYPES[name]
+    assert kind.__doc__ is not None
+    assert "Struct" not in kind.__doc__
+    assert kind.__doc__ is not Plugin.__doc__
+    assert len(kind.__doc__.split()) >= 4
+
+
+@every_type
+def test_a_plugin_is_made_from_its_least_parameters_and_survives_yaml(name: str) -> None:
+    plugin = made(name)
+    text = yaml.safe_dump(msgspec.to_builtins(plugin))
+    assert convert(yaml.safe_load(text), TYPES[name]) == plugin
+
+
+@every_type
+def test_a_plugin_is_frozen(name: str) -> None:
+    plugin = made(name)
+    for field in plugin.__struct_fields__:
+        with pytest.raises(AttributeError):
+            setattr(plugin, field, None)
+    assert plugin == made(name)
+
+
+@every_type
+def test_parameters_are_written_in_camel_case(name: str) -> None:
+    for field in msgspec.structs.fields(TYPES[name]):
+        assert "_" not in field.encode_name
+        assert field.encode_name[0].islower()
+
+
+@every_type
+def test_an_unknown_parameter_is_refused_with_those_that_are_known(name: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        convert({**LEAST.get(name, {}), "warp": 1}, TYPES[name], "$.plugins[0].parameters")
+    known = TYPES[name].__struct_encode_fields__
+    assert error.value.path == "$.plugins[0].parameters"
+    assert "unknown field `warp`; " in str(error.value)
+    assert str(error.value).endswith(f"accepted: {', '.join(known)}" if known else "this takes no parameters")
+
+
+def number_fields() -> list[tuple[str, str]]:
+    fields = [(n, f) for n, kind in TYPES.items() for f in msgspec.structs.fields(kind)]
+    return [(n, f.encode_name) for n, f in fields if f.type is float or float in get_args(f.type)]
+
+
+@pytest.mark.parametrize(("name", "field"), number_fields())
+def test_a_parameter_that_is_no_number_is_refused(name: str, field: str) -> None:
+    parameters = yaml.safe_dump({field: float("nan")}, default_flow_style=True).strip()
+    with pytest.raises(ConfigError):
+        resolve(load(CONFIG_HEAD + f"plugins: [{{type: {name}, parameters: {parameters}}}]"))
+
+
+@every_type
+def test_needs_name_their_producers(name: str) -> None:
+    for need in made(name).reads():
+        assert isinstance(need.attribute, Attribute)
+        assert need.producer == DEFAULT_PRODUCER[need.attribute]
+        assert need.producer in PRODUCERS
+        assert PRODUCERS[need.producer].provides is need.attribute
+
+
+@every_type
+def test_a_need_follows_the_name_that_is_configured(name: str) -> None:
+    unsupported = {"encoderCacheMatchInfoProducerName"}
+    fields = {f for f in TYPES[name].__struct_encode_fields__ if f.endswith("ProducerName")} - unsupported
+    extra = {"ttftSource": "latencyPredictor"} if "ttftSource" in TYPES[name].__struct_encode_fields__ else {}
+    plugins = [made(name, **dict.fromkeys(fields, "mine")), made(name, **dict.fromkeys(fields, "mine"), **extra)]
+    for plugin in plugins:
+        assert all(need.producer == "mine" for need in plugin.reads())
+    for field in fields:
+        assert any("mine" in [r.producer for r in made(name, **{field: "mine"}, **e).reads()] for e in ({}, extra))
+
+
+def test_the_table_is_the_sum_of_the_families() -> None:
+    families = (PARSERS, PRODUCERS, FILTERS, SCORERS, PICKERS, HANDLERS, DISCOVERY)
+    assert len(TYPES) == sum(map(len, families))
+    bases = (Parser, ProducerPlugin, Filter, Scorer, Picker)
+    for family, base in zip(families, bases, strict=False):
+        assert all(issubclass(kind, base) for kind in family.values())
+
+
+@every_type
+def test_a_type_resolves_alone(name: str) -> None:
+    parameters = yaml.safe_dump(LEAST.get(name, {}), default_flow_style=True).strip()
+    one = resolve(load(CONFIG_HEAD + f"plugins: [{{type: {name}, parameters: {parameters}}}]"))
+    assert name in one.plugins
+
+
+@every_scorer
+@every_size
+def test_a_scorer_gives_one_finite_score_to_each(name: str, size: int) -> None:
+    scorer = made(name)
+    assert isinstance(scorer, Scorer)
+    for view in views(size):
+        scores = scorer.score(REQUEST, view)
+        assert (scores.shape, scores.dtype) == ((size,), np.float64)
+        assert np.isfinite(scores).all()
+
+
+@every_scorer
+def test_a_scorer_is_pure(name: str) -> None:
+    scorer = made(name)
+    assert isinstance(scorer, Scorer)
+    for view in views(7):
+        first = scorer.score(REQUEST, view).copy()
+        unchanged(view, lambda view=view: scorer.score(REQUEST, view))
+        assert np.array_equal(first, scorer.score(REQUEST, view))
+
+
+@every_scorer
+def test_a_scorer_does_not_care_for_the_order_of_candidates(name: str) -> None:
+    scorer = made(name)
+    assert isinstance(scorer, Scorer)
+    for view in (v.compact() for v in views(9)):
+        order = np.array(Random(2).sample(range(9), 9))
+        shuffled = Candidates([view.endpoints[i] for i in order], {n: v[order] for n, v in view.columns.items()})
+        assert scorer.score(REQUEST, shuffled) == pytest.approx(scorer.score(REQUEST, view)[order])
+
+
+@every_scorer
+def test_a_scorer_sees_a_view_as_a_set_of_its_own(name: str) -> None:
+    scorer = made(name)
+    assert isinstance(scorer, Scorer)
+    view = views(7)[-1]
+    assert scorer.score(REQUEST, view) == pytest.approx(scorer.score(REQUEST, view.compact()))
+
+
+@every_filter
+@every_size
+def test_a_filter_gives_one_mark_to_each_and_drops_not_all(name: str, size: int) -> None:
+    one = made(name)
+    assert isinstance(one, Filter)
+    for view in views(size):
+        for seed in range(5):
+            kept = one.keep(REQUEST, view, Random(seed))
+            assert (kept.shape, kept.dtype) == ((size,), np.bool_)
+            assert kept.any()
+
+
+@every_filter
+def test_a_filter_is_pure(name: str) -> None:
+    one = made(name)
+    assert isinstance(one, Filter)
+    for view in views(7):
+        first = one.keep(REQUEST, view, Random(3)).copy()
+        unchanged(view, lambda view=view: one.keep(REQUEST, view, Random(3)))
+        assert np.array_equal(first, one.keep(REQUEST, view, Random(3)))
+
+
+@every_filter
+def test_a_filter_does_not_care_for_the_order_of_candidates(name: str) -> None:
+    one = made(name)
+    assert isinstance(one, Filter)
+    for view in (v.compact() for v in views(9)):
+        order = np.array(Random(2).sample(range(9), 9))
+        shuffled = Candidates([view.endpoints[i] for i in order], {n: v[order] for n, v in view.columns.items()})
+        assert np.array_equal(one.keep(REQUEST, shuffled, Random(1)), one.keep(REQUEST, view, Random(1))[order])
+
+
+@every_filter
+def test_a_filter_sees_a_view_as_a_set_of_its_own(name: str) -> None:
+    one = made(name)
+    assert isinstance(one, Filter)
+    view = views(7)[-1]
+    assert np.array_equal(one.keep(REQUEST, view, Random(1)), one.keep(REQUEST, view.compact(), Random(1)))
+
+
+@every_filter
+def test_a_filter_keeps_everybody_when_nothing_was_produced(name: str) -> None:
+    one = made(name)
+    assert isinstance(one, Filter)
+    assert one.keep(REQUEST, candidates(5), Random(0)).all()
+
+
+@every_picker
+@every_size
+def test_a_picker_orders_all_candidates_whatever_their_scores(name: str, size: int) -> None:
+    picker = made(name)
+    assert isinstance(picker, Picker)
+    for scores in (np.zeros(size), np.linspace(-1, 3, size), np.full(size, 1e-300), np.full(size, 1e300)):
+        before = scores.copy()
+        order = picker.order(scores, Random(4))
+        assert np.issubdtype(order.dtype, np.integer)
+        assert sorted(order.tolist()) == list(range(size))
+        assert np.array_equal(order, picker.order(scores, Random(4)))
+        assert np.array_equal(before, scores)
+
+
+def test_every_attribute_has_a_default_producer_that_makes_it() -> None:
+    assert {kind.provides for kind in PRODUCERS.values()} == set(Attribute) == set(DEFAULT_PRODUCER)
+
+
+@pytest.mark.parametrize("name", PRODUCERS)
+@every_size
+def test_a_producer_makes_aligned_finite_columns_under_its_own_name(name: str, size: int) -> None:
+    live = opened(name, size)
+    view = full_candidates(size, seed=size)
+    columns: dict[str, Any] = {}
+    unchanged(view, lambda: columns.update(live.produce(REQUEST, view, 0.0)))
+    assert columns
+    for column, values in columns.items():
+        assert column.endswith("/mine")
+        assert values.shape == (size,)
+        assert np.isfinite(values).all()
+
+
+@pytest.mark.parametrize("name", PRODUCERS)
+def test_a_producer_counts_nothing_of_a_request_that_has_ended(name: str) -> None:
+    live = opened(name, 3)
+    plain = full_candidates(3)
+    first = live.produce(REQUEST, plain, 0.0)
+    view = plain.with_columns(first)
+    decided = decision("t", REQUEST, view.endpoints[1], live.predicted(view, 1))
+    live.chosen(decided, view, 1, 0.0)
+    live.first_token("t", 0.1)
+    live.finished("t", streamed(), 0.2)
+    live.finished("t", streamed(), 0.3)
+    again = live.produce(REQUEST, plain, 0.4)
+    for column in first:
+        if column.startswith(("inflight", "resident")):
+            assert np.array_equal(first[column], again[column])
+
+
+@pytest.mark.parametrize("name", PRODUCERS)
+def test_an_opened_producer_knows_its_name(name: str) -> None:
+    live = opened(name, 1)
+    assert isinstance(live, Producer)
+    assert live.name == "mine"
+
+
+def opened(name: str, size: int) -> Producer:
+    plugin = made(name)
+    assert isinstance(plugin, ProducerPlugin)
+    live = plugin.open("mine")
+    live.endpoints_changed(endpoints(size))
+    return live
