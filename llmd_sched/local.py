@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -253,7 +254,9 @@ def predictions(outcomes: list[dict[str, Any]], target: str) -> list[report.Pred
 def _report(
     args: argparse.Namespace, results: list[Result], outcomes: list[dict[str, Any]], cpu_s: tuple[float, float]
 ) -> int:
-    summary = report.summarize(results)
+    shares = Counter(o["endpoint"].partition("/")[2] for o in outcomes)
+    share = {name: count / len(outcomes) for name, count in sorted(shares.items())}
+    summary = msgspec.structs.replace(report.summarize(results), endpoint_share=share)
     _say(report.render_text(summary, title="replay"))
     ttft, tpot = predictions(outcomes, "ttft"), predictions(outcomes, "tpot")
     if ttft:

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,14 @@ SPEEDUP = 5.0
 ENGINES = 2
 
 
-async def until(what: Callable[[], Awaitable[bool]], *, message: Callable[[], str] | str = "", every_s: float = 0.05) -> None:
+async def until(what: Callable[[], Awaitable[bool]], *, message: str = "", every_s: float = 0.05) -> None:
     """Poll until ``what`` holds; fails with ``message`` after PATIENCE_S."""
     try:
         async with asyncio.timeout(PATIENCE_S):
             while not await what():
                 await asyncio.sleep(every_s)
     except TimeoutError:
-        pytest.fail(f"waited {PATIENCE_S:g} s in vain: {message() if callable(message) else message}")
+        pytest.fail(f"waited {PATIENCE_S:g} s in vain: {message}")
 
 
 class World:
@@ -85,7 +86,7 @@ class World:
             "--endpoints-file", str(self.folder / "endpoints.yaml"), f"--secure-serving={str(self.tls).lower()}",
             "--grpc-port", str(self.grpc), "--grpc-health-port", str(self.health),
             "--metrics-port", str(self.metrics_port), "--outcome-log", str(self.outcomes_file),
-            "--seed", "1", "--drain-timeout", "1s",
+            "--seed", "1", "--drain-timeout", "10s",
         )  # fmt: skip
         await wait_http(f"http://127.0.0.1:{self.metrics_port}/metrics", self.scheduler)
 
@@ -112,11 +113,21 @@ class World:
         os.kill(child.pid, signal.SIGKILL)
         await child.process.wait()
 
+    @asynccontextmanager
+    async def without_scheduler(self) -> AsyncIterator[None]:
+        """Killed for the while, then a new one on the ports of the old."""
+        await self.kill(self.scheduler)
+        try:
+            yield
+        finally:
+            await self.replace_scheduler()
+
     async def replace_scheduler(self) -> None:
-        """After a kill: a new one on the ports of the old."""
+        """A new one in place of one that has ended; returns once a request succeeds again."""
         await stop(self.scheduler)
         self.forget(self.scheduler)
         await self.start_scheduler()
+        await until(self.succeeds, message="never again a success")
 
     async def replace_engine(self, number: int) -> None:
         await stop(self.engines[number])

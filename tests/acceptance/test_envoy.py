@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import itertools
 import json
 import subprocess
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import aiohttp
 import psutil
 import pytest
 import pytest_asyncio
 from aiohttp import web
+from multidict import CIMultiDict
 
 from llmd_sched.app import Scheduler, ServeSettings
 from llmd_sched.extproc.envoy import EnvoySettings, render
@@ -109,7 +112,8 @@ async def test_a_chunked_request_arrives_whole(world: World) -> None:
 
 async def test_a_prompt_of_a_megabyte_arrives_whole(world: World) -> None:
     """The engine counts its tokens, and refuses them only because its context is shorter."""
-    async with world.ask(prompt="word" * 262_144) as reply:
+    raw = io.BytesIO(json.dumps({"model": MODEL, "prompt": "word" * 262_144}).encode())
+    async with world.http.post(f"{world.url}/v1/completions", data=raw) as reply:
         assert reply.status == 400
         assert "262144 prompt tokens" in (await reply.json())["error"]["message"]
     await world.still_serves()
@@ -284,33 +288,75 @@ async def send_and_wait(world: World, request_id: str) -> None:
 
 
 class Echo:
-    """A model server that tells which header lines reached it, behind a scheduler and an Envoy of its own."""
+    """A model server that tells what reached it, behind a scheduler and an Envoy of its own."""
 
     def __init__(self) -> None:
         self.url = ""
+        self.runner: web.AppRunner
         self.http: aiohttp.ClientSession
         self.scheduler: Scheduler
 
-    async def post(self, headers: list[tuple[str, str]], url: str = "") -> tuple[int, list[tuple[str, str]], Any]:
-        """Status, lower-case names and values the engine saw, and the response's headers."""
-        raw = json.dumps({"model": "m", "prompt": "p"}).encode()
-        from multidict import CIMultiDict
+    async def post(self, headers: Sequence[tuple[str, str]] = ()) -> tuple[int, Seen, Any]:
+        """Status, what the engine saw, and the response's headers."""
+        lines = CIMultiDict(headers)
+        async with self.http.post(f"{self.url}/v1/completions", data=ECHO_BODY, headers=lines) as reply:
+            seen = await reply.json()
+            return reply.status, Seen([(k.lower(), v) for k, v in seen["headers"]], seen["body"]), reply.headers
 
-        async with self.http.post(f"{url or self.url}/v1/completions", data=raw, headers=CIMultiDict(headers)) as reply:
-            seen = [(k.lower(), v) for k, v in await reply.json()]
-            return reply.status, seen, reply.headers
+    def sample(self, name: str, **labels: str) -> float:
+        samples = [s for m in self.scheduler.telemetry.registry.collect() for s in m.samples]
+        return sum(s.value for s in samples if s.name == f"llm_d_epp_{name}" and labels.items() <= s.labels.items())
+
+    async def idle(self) -> None:
+        async def none_open() -> bool:
+            return not self.scheduler.router.open
+
+        await until(none_open, "requests are still open")
+        assert self.scheduler.router.lost == 0
+
+
+class Seen(NamedTuple):
+    """One request as the engine got it; header names in lower case, one entry per line."""
+
+    headers: list[tuple[str, str]]
+    body: str
+
+    def all(self, *names: str) -> list[str]:
+        return [value for name, value in self.headers if name in names]
+
+
+ECHO_BODY = b'{"model": "m", "prompt": "p"}'
+STREAM_EVENTS = 10
+
+
+async def echoed(request: web.Request) -> web.StreamResponse:
+    if "x-cut" in request.headers:
+        return await stream_in_pieces(request)
+    response = web.json_response({"headers": list(request.headers.items()), "body": await request.text()})
+    for cookie in ("a=1; Path=/", "b=2; Secure", "c=3"):
+        response.headers.add("set-cookie", cookie)
+    return response
+
+
+async def stream_in_pieces(request: web.Request) -> web.StreamResponse:
+    """A stream without usage whose texts look like events, and cut in the middle of every event's mark."""
+    events = [b'data: {"choices": [{"text": "data: x"}]}\n\n'] * STREAM_EVENTS + [b"data: [DONE]\n\n"]
+    text = b"".join(events)
+    cut_at = int(request.headers["x-cut"])
+    response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+    await response.prepare(request)
+    starts = [0, *(i * len(events[0]) + cut_at for i in range(len(events))), len(text)]
+    for start, end in itertools.pairwise(starts):
+        await response.write(text[start:end])
+        await asyncio.sleep(0.003)  # so that the pieces travel apart
+    await response.write_eof()
+    return response
 
 
 async def echo_server(port: int) -> web.AppRunner:
-    async def answer(request: web.Request) -> web.Response:
-        response = web.json_response(list(request.headers.items()))
-        for cookie in ("a=1; Path=/", "b=2; Secure", "c=3"):
-            response.headers.add("set-cookie", cookie)
-        return response
-
     app = web.Application()
-    app.add_routes([web.route("*", "/{rest:.*}", answer)])
-    runner = web.AppRunner(app, access_log=None)
+    app.add_routes([web.route("*", "/{rest:.*}", echoed)])
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", port).start()
     return runner
@@ -326,8 +372,8 @@ async def echo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     engine, grpc, health, metrics, listen, admin = free_ports(6)
     endpoints = folder / "endpoints.yaml"
     endpoints.write_text(f"endpoints: [{{name: echo, address: 127.0.0.1, port: {engine}}}]\n")
-    runner = await echo_server(engine)
     made = Echo()
+    made.runner = await echo_server(engine)
     made.url = f"http://127.0.0.1:{listen}"
     made.scheduler = Scheduler(
         ServeSettings(
@@ -353,61 +399,78 @@ async def echo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
             yield made
     finally:
         await made.scheduler.stop()
-        await runner.cleanup()
+        await made.runner.cleanup()
 
 
 async def test_header_lines_of_one_name_all_survive(echo: Echo) -> None:
     sent = [("x-tag", "one"), ("x-tag", "two"), ("x-tag", "three"), ("x-other", "1")]
     status, seen, answered = await echo.post(sent)
     assert status == 200
-    together = ",".join(value for name, value in seen if name == "x-tag").replace(" ", "")
-    assert together == "one,two,three"
-    assert ("x-other", "1") in seen
+    assert ",".join(seen.all("x-tag")).replace(" ", "") == "one,two,three"
+    assert seen.all("x-other") == ["1"]
     assert answered.getall("set-cookie") == ["a=1; Path=/", "b=2; Secure", "c=3"]
 
 
-async def test_the_clients_request_id_reaches_the_engine_unchanged(echo: Echo) -> None:
-    _, seen, _ = await echo.post([("x-request-id", "From-The Client/1")])
-    assert [v for name, v in seen if name == "x-request-id"] == ["From-The Client/1"]
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("x-request-id", "From-The Client/1"),
+        ("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
+        ("authorization", "Bearer secret"),
+    ],
+)
+async def test_the_clients_header_reaches_the_engine_unchanged(echo: Echo, name: str, value: str) -> None:
+    _, seen, _ = await echo.post([(name, value)])
+    assert seen.all(name) == [value]
 
 
-async def test_a_request_without_an_id_gets_one(echo: Echo) -> None:
-    _, seen, _ = await echo.post([])
-    (made,) = [v for name, v in seen if name == "x-request-id"]
+@pytest.mark.parametrize("sent", [[], [("x-request-id", "")]])
+async def test_a_request_without_an_id_gets_one(echo: Echo, sent: list[tuple[str, str]]) -> None:
+    _, seen, _ = await echo.post(sent)
+    (made,) = seen.all("x-request-id")
     assert uuid.UUID(made)
-
-
-async def test_the_traceparent_reaches_the_engine_unchanged(echo: Echo) -> None:
-    value = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    _, seen, _ = await echo.post([("traceparent", value)])
-    assert [v for name, v in seen if name == "traceparent"] == [value]
 
 
 async def test_a_client_cannot_choose_its_destination(echo: Echo) -> None:
     elsewhere = "127.0.0.1:1"
-    for _ in range(2):
-        status, seen, _ = await echo.post([("x-gateway-destination-endpoint", elsewhere)] * 2)
-        assert status == 200
-        assert elsewhere not in [v for _, v in seen]
+    status, seen, _ = await echo.post([("x-gateway-destination-endpoint", elsewhere)] * 2)
+    assert status == 200
+    assert len(seen.all("x-gateway-destination-endpoint")) == 1
+    assert elsewhere not in seen.all("x-gateway-destination-endpoint")
     async with echo.http.get(f"{echo.url}/v1/models", headers={"x-gateway-destination-endpoint": elsewhere}) as reply:
         assert reply.status == 200
 
 
-async def test_exactly_one_content_length_reaches_the_engine(echo: Echo) -> None:
-    for headers in ([], [("x-llm-d-model-name-rewrite", "another-name")]):
-        status, seen, _ = await echo.post(headers)
-        assert status == 200
-        lengths = [v for name, v in seen if name in ("content-length", "transfer-encoding")]
-        expected = json.dumps({"model": "m", "prompt": "p"}) if not headers else '{"model":"another-name","prompt":"p"}'
-        assert lengths == [str(len(expected))]
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [([], ECHO_BODY.decode()), ([("x-llm-d-model-name-rewrite", "another")], '{"model":"another","prompt":"p"}')],
+)
+async def test_the_engine_gets_one_length_that_fits(echo: Echo, headers: list[tuple[str, str]], body: str) -> None:
+    """In full duplex Envoy takes ``content-length`` away, whoever set it, and sends chunks."""
+    status, seen, _ = await echo.post(headers)
+    assert (status, seen.body) == (200, body)
+    assert seen.all("content-length", "transfer-encoding") in ([str(len(body))], ["chunked"])
 
 
-async def test_nothing_is_left_open_behind_the_echo(echo: Echo) -> None:
-    async def none_open() -> bool:
-        return not echo.scheduler.router.open
+@pytest.mark.parametrize("cut_at", [0, 3])
+async def test_tokens_are_counted_however_the_stream_is_cut_and_whatever_it_says(echo: Echo, cut_at: int) -> None:
+    """Also in the middle of ``data: ``, and when the text itself has that in it."""
+    before = echo.sample("request_output_tokens_sum")
+    headers = {"x-cut": str(cut_at)}
+    async with echo.http.post(f"{echo.url}/v1/completions", data=ECHO_BODY, headers=headers) as reply:
+        assert (await reply.read()).endswith(b"data: [DONE]\n\n")
+    await echo.idle()
+    assert echo.sample("request_output_tokens_sum") - before == STREAM_EVENTS
 
-    await until(none_open, "requests are still open")
-    assert echo.scheduler.router.lost == 0
+
+async def test_an_engine_that_cannot_be_reached_is_a_failure_told_at_once(echo: Echo) -> None:
+    """The last test of its kind: the only engine goes away."""
+    errors = echo.sample("request_error_total")
+    await echo.runner.cleanup()
+    async with echo.http.post(f"{echo.url}/v1/completions", data=ECHO_BODY) as reply:
+        assert reply.status == 503
+    await echo.idle()
+    assert echo.sample("request_error_total") == errors + 1
 
 
 # --- bad times ---------------------------------------------------------------------------------------------------------
@@ -431,14 +494,16 @@ async def test_an_engine_killed_in_mid_stream_breaks_its_stream_and_nothing_else
     async def known_dead() -> bool:
         return await world.metric("scrape_errors_total") >= errors + 2
 
-    await until(known_dead, "the dead engine was never noticed")
-    for _ in range(10):
-        async with world.ask() as after:
-            await after.read()
-            assert after.status == 200
-            assert after.headers["x-inference-pod"] != pod
-    await world.idle()
-    await world.replace_engine(number)
+    try:
+        await until(known_dead, "the dead engine was never noticed")
+        for _ in range(10):
+            async with world.ask() as after:
+                await after.read()
+                assert after.status == 200
+                assert after.headers["x-inference-pod"] != pod
+        await world.idle()
+    finally:
+        await world.replace_engine(number)
 
     async def back() -> bool:
         async with world.ask() as reply:
@@ -450,53 +515,72 @@ async def test_an_engine_killed_in_mid_stream_breaks_its_stream_and_nothing_else
 
 
 async def test_without_a_scheduler_requests_fail_until_it_is_back(world: World) -> None:
-    """Fail closed, the default; the 200 of an answer can only come from an engine the scheduler chose."""
+    """Fail closed, the default. Once the new one answers, requests succeed without Envoy being touched."""
     trainers = psutil.Process(world.scheduler.pid).children(recursive=True)
-    await world.kill(world.scheduler)
-    for _ in range(5):
-        async with world.ask() as reply:
-            assert reply.status in (500, 503)
-            assert "x-inference-pod" not in reply.headers
-    async with world.http.get(f"{world.url}/v1/models") as reply:
-        assert reply.status in (500, 503)
-    _, alive = await asyncio.to_thread(psutil.wait_procs, trainers, PATIENCE_S)
-    assert not alive, "the trainer outlives its scheduler"
-    await world.replace_scheduler()
-    await until(world.succeeds, "never again a success")
+    async with world.without_scheduler():
+        for _ in range(5):
+            async with world.ask() as reply:
+                assert (reply.status, await reply.text()) == (500, "")
+        async with world.http.get(f"{world.url}/v1/models") as reply:
+            assert reply.status == 500
+        _, alive = await asyncio.to_thread(psutil.wait_procs, trainers, PATIENCE_S)
+        assert not alive, "the trainer outlives its scheduler"
     await world.still_serves()
 
 
-async def test_failing_open_sends_nothing_anywhere_without_a_destination(world: World) -> None:
-    """Requests pass the filter, but the routing cluster knows no endpoint of its own, nor may the client name one."""
+async def test_a_stream_outlives_the_scheduler_on_the_lean_path_only(world: World) -> None:
+    async with world.ask(max_tokens=1000, stream=True) as reply:
+        await reply.content.readany()
+        async with world.without_scheduler():
+            if world.path == "lean":
+                assert (await reply.read()).endswith(b"data: [DONE]\n\n")
+            else:
+                with pytest.raises(BROKEN):
+                    await reply.read()
+    await world.still_serves()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def open_url(world: World) -> AsyncIterator[str]:
+    """A second Envoy that lets requests pass when the scheduler is away."""
     listen, admin = free_ports(2)
     envoy = await world.start_envoy("envoy-open", listen, admin, fail_open=True)
     url = f"http://127.0.0.1:{listen}"
-
-    async def succeeds() -> bool:
-        return await world.succeeds(url)
-
-    await until(succeeds, "the second Envoy never worked")
-    await world.kill(world.scheduler)
-    chosen = {"x-gateway-destination-endpoint": f"127.0.0.1:{world.engine_ports[0]}"}
-    for headers in ({}, chosen):
-        async with world.ask(url=url, headers=headers) as reply:
-            assert reply.status == 503
-            assert await reply.text() == "no healthy upstream"
-    await world.replace_scheduler()
-    await until(succeeds, "never again a success")
-    await world.idle()
+    await until(lambda: world.succeeds(url), "the second Envoy never worked")
+    yield url
     await stop(envoy)
     world.forget(envoy)
+
+
+async def test_failing_open_envoy_has_nowhere_to_send_a_request(world: World, open_url: str) -> None:
+    """Headers pass, and the routing cluster has no endpoint of its own. A body in full duplex cannot pass at all."""
+    async with world.without_scheduler():
+        async with world.http.get(f"{open_url}/v1/models") as reply:
+            assert (reply.status, await reply.text()) == (503, "no healthy upstream")
+        async with world.ask(url=open_url) as reply:
+            told = reply.status, await reply.text()
+    assert told == ((503, "no healthy upstream") if world.path == "lean" else (500, ""))
+    assert await world.succeeds(open_url)
+    await world.idle()
+
+
+async def test_failing_open_no_client_chooses_its_destination(world: World, open_url: str) -> None:
+    """Else anyone could have Envoy connect to any address it can reach."""
+    headers = {"x-gateway-destination-endpoint": f"127.0.0.1:{world.engine_ports[0]}"}
+    async with world.without_scheduler():
+        async with world.ask(url=open_url, headers=headers) as reply:
+            assert reply.status in (500, 503)
+        async with world.http.get(f"{open_url}/v1/models", headers=headers) as reply:
+            assert reply.status in (500, 503)
 
 
 async def test_a_scheduler_told_to_stop_finishes_what_is_open(world: World) -> None:
     async with world.ask(max_tokens=200, stream=True) as reply:
         await reply.content.readany()
         world.scheduler.process.terminate()
-        assert events_of(b"data: " + (await reply.read()).partition(b"data: ")[2])[-1] == "[DONE]"
+        assert (await reply.read()).endswith(b"data: [DONE]\n\n")
     assert await asyncio.wait_for(world.scheduler.process.wait(), PATIENCE_S) == 0
     await world.replace_scheduler()
-    await until(world.succeeds, "never again a success")
     await world.still_serves()
 
 

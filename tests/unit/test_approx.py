@@ -171,6 +171,14 @@ def test_columns_say_what_each_endpoint_holds_of_the_prompt() -> None:
     }
 
 
+def test_a_choice_for_another_request_than_the_one_looked_up_holds_nothing() -> None:
+    live, view = opened(endpoints(1)), candidates(1)
+    live.produce(asking(prompt(4)), view, 0.0)
+    other = asking(prompt(4))
+    live.chosen(decision("t", other, view.endpoints[0]), view, 0, 0.0)
+    assert len(live.index) == 0
+
+
 def test_what_was_only_looked_up_is_not_held() -> None:
     live, view = opened(endpoints(1)), candidates(1)
     live.produce(asking(prompt(4)), view, 0.0)

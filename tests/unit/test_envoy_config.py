@@ -133,6 +133,8 @@ def test_tls_to_the_scheduler_only_when_asked_for(path: str) -> None:
     assert "transport_socket" not in cluster(document(path), "scheduler")
     tls = cluster(document(path, scheduler_tls=True), "scheduler")["transport_socket"]
     assert tls["typed_config"]["@type"].endswith("UpstreamTlsContext")
+    alpn = tls["typed_config"]["common_tls_context"]["alpn_protocols"]
+    assert alpn == ["h2"], "gRPC servers refuse a handshake without it, and health checks do not offer it by themselves"
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -858,6 +858,12 @@ def test_without_usage_each_event_but_the_last_is_a_token(chunk_bytes: int) -> N
     assert outcome.output_tokens == 9
 
 
+def test_a_text_that_looks_like_an_event_is_none() -> None:
+    text = b'data: {"choices": [{"text": "data: x"}]}\n\n' * 9 + b"data: [DONE]\n\n"
+    outcome = Driver().send(*ROUTED, stream_headers(), response_body(text, end=True)).outcome
+    assert outcome.output_tokens == 9
+
+
 def test_an_aborted_stream_counts_what_came() -> None:
     driver = Driver().send(*ROUTED, stream_headers(), response_body(b"data: 1\n\n"), response_body(b"data: 2\n\n"))
     assert driver.close().outcome.output_tokens == 2

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from llmd_sched import tiny_vllm
+from llmd_sched.load import workload
 from llmd_sched.load.traces import TraceError, mooncake_jsonl, read_trace
 from llmd_sched.load.workload import ChatShape, Item, LogNormal, Span, chat
 
@@ -218,3 +220,8 @@ def test_log_normal_draws_have_their_mean_and_keep_their_limits() -> None:
     wide = [LogNormal(100, 80, 0, 1e9).draw(rng) for _ in range(20_000)]
     assert sum(wide) / len(wide) == pytest.approx(100, rel=0.03)
     assert {LogNormal(100, 80, 99, 101).draw(rng) for _ in range(100)} >= {99, 101}
+
+
+def test_every_word_of_the_text_is_one_token_of_the_made_up_vllm_model():
+    assert set(workload.WORDS) <= set(tiny_vllm.WORDS)
+    assert {len(word) for word in workload.WORDS} == {3}
