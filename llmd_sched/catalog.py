@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from graphlib import CycleError, TopologicalSorter
 from random import Random
@@ -121,6 +122,10 @@ def _declare(spec: PluginSpec, path: str) -> Declared:
         known = ", ".join(sorted(TYPES))
         raise ConfigError(f"unknown plugin type {spec.type!r}; known: {known}", f"{path}.type")
     plugin = convert(spec.parameters or {}, kind, f"{path}.parameters")
+    for field in msgspec.structs.fields(kind):
+        value = getattr(plugin, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{value} is not a finite number", f"{path}.parameters.{field.encode_name}")
     try:
         plugin.check()
     except ValueError as e:
@@ -144,6 +149,8 @@ def _profile(config: EndpointPickerConfig, plugins: dict[str, Declared]) -> Sche
             raise ConfigError("name must not be empty", f"{path}.name")
         for i, one in enumerate(profile.plugins):
             _check_ref(one.plugin_ref, Plugin, plugins, f"{path}.plugins[{i}].pluginRef")
+            if one.weight is not None and not math.isfinite(one.weight):
+                raise ConfigError(f"{one.weight} is not a finite number", f"{path}.plugins[{i}].weight")
             if one.weight is not None and not isinstance(plugins[one.plugin_ref].plugin, Scorer):
                 raise ConfigError("only a scorer takes a weight", f"{path}.plugins[{i}].weight")
     else:

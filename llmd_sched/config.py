@@ -122,22 +122,28 @@ def _check_gate(gate: str, path: str) -> None:
         raise ConfigError("flowControl is not supported yet; remove the gate", path)
 
 
-def read_yaml(text: str) -> Any:
-    """Parse YAML or JSON; a key given twice is an error, as is more than MAX_CONFIG_BYTES."""
-    if len(text) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"the document has {len(text)} bytes; at most {MAX_CONFIG_BYTES} are accepted")
+def read_yaml(text: str, source: str = "$") -> Any:
+    """Parse YAML or JSON; a key given twice is an error, as is more than MAX_CONFIG_BYTES. Errors name ``source``."""
+    size_bytes = len(text.encode(errors="replace"))
+    if size_bytes > MAX_CONFIG_BYTES:
+        raise ConfigError(f"the document has {size_bytes} bytes; at most {MAX_CONFIG_BYTES} are accepted", source)
     try:
         return yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise ConfigError(f"not valid YAML: {getattr(e, 'problem', None) or e}{where}") from None
+        raise ConfigError(f"not valid YAML: {getattr(e, 'problem', None) or e}{where}", source) from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+        # The library's own constructors raise these for values such as 2001-13-45 or !!int x.
+        raise ConfigError(f"not valid YAML: {type(e).__name__}: {e}", source) from None
 
 
 class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
@@ -153,6 +159,8 @@ def convert(value: Any, kind: type[T], path: str = "$") -> T:
     except msgspec.ValidationError as e:
         message, _, at = str(e).partition(" - at `$")
         raise ConfigError(message + _accepted(message, kind, at.rstrip("`")), path + at.rstrip("`")) from None
+    except (UnicodeEncodeError, RecursionError) as e:
+        raise ConfigError(f"not usable text: {e}", path) from None
 
 
 def _accepted(message: str, kind: Any, at: str) -> str:

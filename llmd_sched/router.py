@@ -30,6 +30,26 @@ IDLE_LOST_AFTER_S = 10.0
 """... and after this long when its engine, freshly read, has nothing running and nothing waiting."""
 
 
+class _Contained:
+    """Around a producer's hook: what blows up is counted, and takes neither the request nor other producers down."""
+
+    __slots__ = ("errors", "last_error", "name")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.errors = 0
+        self.last_error = ""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        self.errors += 1
+        self.last_error = f"{type(error).__name__}: {error}"
+        return True
+
+
 class Router:
     """Composed by ``catalog.build_router``; owns the requests that are open."""
 
@@ -40,8 +60,7 @@ class Router:
         self.producers = tuple(producers)
         self.profile = profile
         self.open: dict[str, Decision] = {}
-        self.producer_errors: dict[str, int] = {p.name: 0 for p in producers}
-        self.last_producer_error: str = ""
+        self._guards = {p.name: _Contained(p.name) for p in producers}
         self.lost = 0
         self._rng = rng
         self._tickets = 0
@@ -54,6 +73,16 @@ class Router:
         for producer in self.producers:
             producer.endpoints_changed(endpoints)
 
+    @property
+    def producer_errors(self) -> dict[str, int]:
+        """How often a hook of each producer failed."""
+        return {name: guard.errors for name, guard in self._guards.items()}
+
+    @property
+    def last_producer_error(self) -> str:
+        """``name: what``, of a producer that failed; empty while none has."""
+        return next((f"{name}: {g.last_error}" for name, g in self._guards.items() if g.errors), "")
+
     def choose(self, request: Request, subset: Collection[str] | None, now_s: float) -> Decision:
         """Raises NoCandidates when pool or subset is empty, NoneLeft when the filters leave nothing."""
         self._infer_first_tokens(now_s)
@@ -62,10 +91,11 @@ class Router:
             raise NoCandidates("failed to find endpoint candidates for serving the request")
         candidates, producers = self._produce(request, candidates, now_s)
         picked = self.profile.run(request, candidates, self._rng)
-        decision = self._decide(request, candidates, picked, now_s)
-        for producer in producers:
-            producer.chosen(decision, candidates, int(picked.order[0]), now_s)
+        decision = self._decide(request, candidates, producers, picked, now_s)
         self.open[decision.ticket] = decision
+        for producer in producers:
+            with self._contained(producer):
+                producer.chosen(decision, candidates, int(picked.order[0]), now_s)
         if len(self.open) > MAX_OPEN_REQUESTS:
             self.finish(next(iter(self.open)), Outcome(end=End.LOST), now_s)
         return decision
@@ -81,19 +111,21 @@ class Router:
         """A producer that fails takes no request down: its columns are absent, and it does not follow the request."""
         worked = []
         for producer in self.producers:
-            try:
+            with self._contained(producer):
                 candidates = candidates.with_columns(producer.produce(request, candidates, now_s))
                 worked.append(producer)
-            except Exception as e:
-                self.producer_errors[producer.name] += 1
-                self.last_producer_error = f"{producer.name}: {type(e).__name__}: {e}"
         return candidates, worked
 
-    def _decide(self, request: Request, candidates: Candidates, picked: Picked, now_s: float) -> Decision:
+    def _contained(self, producer: Producer) -> _Contained:
+        return self._guards[producer.name]
+
+    def _decide(
+        self, request: Request, candidates: Candidates, producers: list[Producer], picked: Picked, now_s: float
+    ) -> Decision:
         self._tickets += 1
         best = int(picked.order[0])
         endpoints = candidates.endpoints
-        predictions = (p.predicted(candidates, best) for p in self.producers)
+        predictions = (p.predicted(candidates, best) for p in producers)
         return Decision(
             ticket=f"{self._ticket_prefix}{self._tickets:x}",
             request=request,
@@ -106,7 +138,8 @@ class Router:
 
     def expect_first_token(self, ticket: str, at_s: float) -> None:
         """On a path that does not show the first token, assume it at this time (the predicted one)."""
-        heapq.heappush(self._first_tokens, (at_s, ticket))
+        if len(self._first_tokens) < MAX_OPEN_REQUESTS:
+            heapq.heappush(self._first_tokens, (at_s, ticket))
 
     def _infer_first_tokens(self, now_s: float) -> None:
         while self._first_tokens and self._first_tokens[0][0] <= now_s:
@@ -115,7 +148,8 @@ class Router:
     def first_token(self, ticket: str, now_s: float) -> None:
         if ticket in self.open:
             for producer in self.producers:
-                producer.first_token(ticket, now_s)
+                with self._contained(producer):
+                    producer.first_token(ticket, now_s)
 
     def finish(self, ticket: str, outcome: Outcome, now_s: float) -> Decision | None:
         """The decision the outcome belongs to; None when it is not open (already finished, or not ours)."""
@@ -125,7 +159,8 @@ class Router:
         if outcome.end is End.LOST:
             self.lost += 1
         for producer in self.producers:
-            producer.finished(ticket, outcome, now_s)
+            with self._contained(producer):
+                producer.finished(ticket, outcome, now_s)
         return decision
 
     def reap(self, now_s: float) -> int:

@@ -19,6 +19,12 @@ IMAGE_TOKENS = 225
 """An image of unknown size: 640 x 360 pixels at 1024 pixels per token."""
 
 
+MAX_IMAGES = 256
+"""Images of one request that count; each stands for IMAGE_TOKENS of prompt, however short its address is."""
+
+_ABSENT = msgspec.Raw()
+
+
 class _Body(msgspec.Struct):
     model: str = ""
     stream: bool | None = None
@@ -30,10 +36,14 @@ class _Completion(_Body):
     max_tokens: int | None = None
 
 
+class _Url(msgspec.Struct):
+    url: str = ""
+
+
 class _Part(msgspec.Struct):
     type: str = "text"
     text: str | None = None
-    image_url: dict[str, Any] | str | None = None
+    image_url: _Url | str | None = None
 
 
 class _Message(msgspec.Struct):
@@ -43,15 +53,15 @@ class _Message(msgspec.Struct):
 
 class _Chat(_Body):
     messages: list[_Message] | None = None
-    tools: msgspec.Raw | None = None
+    tools: msgspec.Raw = _ABSENT
     max_completion_tokens: int | None = None
     max_tokens: int | None = None
 
 
 class _Input(_Body):
-    input: msgspec.Raw | None = None
-    instructions: msgspec.Raw | None = None
-    tools: msgspec.Raw | None = None
+    input: msgspec.Raw = _ABSENT
+    instructions: msgspec.Raw = _ABSENT
+    tools: msgspec.Raw = _ABSENT
     max_output_tokens: int | None = None
 
 
@@ -60,7 +70,7 @@ class _Image(_Body):
 
 
 class _Conversation(_Body):
-    items: msgspec.Raw | None = None
+    items: msgspec.Raw = _ABSENT
 
 
 _COMPLETION = msgspec.json.Decoder(_Completion)
@@ -77,7 +87,7 @@ class OpenAIParser(Parser, frozen=True):
         kind = next(k for s, k in _KINDS.items() if path.endswith(s))
         try:
             return _READERS[kind](body)
-        except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
             raise BadRequest(f"error unmarshaling request bodyMap: {e}") from None
 
 
@@ -126,32 +136,45 @@ def _chat(body: bytes) -> Parsed:
     b = _CHAT.decode(body)
     if not b.messages:
         raise BadRequest("invalid chat completions request: must have valid messages field")
-    pieces = [bytes(b.tools)] if b.tools else []
+    prompt = bytearray(_given(b.tools))
+    images = 0
     for message in b.messages:
-        pieces.append(message.role.encode())
+        prompt += message.role.encode()
         if isinstance(message.content, str):
-            pieces.append(message.content.encode())
-        else:
-            for part in message.content or ():
-                _append_part(pieces, part)
-    return _parsed(b, (b"".join(pieces),), b.max_completion_tokens or b.max_tokens)
+            prompt += message.content.encode()
+            continue
+        for part in message.content or ():
+            images += part.image_url is not None
+            _append_part(prompt, part, images)
+    return _parsed(b, (bytes(prompt),), b.max_completion_tokens or b.max_tokens)
 
 
-def _append_part(pieces: list[bytes], part: _Part) -> None:
+def _append_part(prompt: bytearray, part: _Part, images: int) -> None:
     if part.text is not None:
-        pieces.append(part.text.encode())
-    elif part.image_url is not None:
-        url = part.image_url.get("url", "") if isinstance(part.image_url, dict) else part.image_url
+        prompt += part.text.encode()
+    elif part.image_url is not None and images <= MAX_IMAGES:
+        url = part.image_url.url if isinstance(part.image_url, _Url) else part.image_url
         # An image must not shift what follows: align, then stand-in tokens that differ from image to image.
-        pieces.append(bytes(-sum(map(len, pieces)) % 4))
-        pieces.append(zlib.crc32(url.encode()).to_bytes(4, "little") * IMAGE_TOKENS)
+        prompt += bytes(-len(prompt) % 4)
+        prompt += zlib.crc32(url.encode()).to_bytes(4, "little") * IMAGE_TOKENS
+
+
+def _given(value: msgspec.Raw) -> bytes:
+    """The JSON of an optional field; empty when it is absent or null."""
+    text = bytes(value)
+    return b"" if text == b"null" else text
+
+
+def _is_empty(text: bytes) -> bool:
+    """Whether JSON is absent, an empty string or an empty list."""
+    return text.translate(None, b" \t\r\n") in (b"", b'""', b"[]")
 
 
 def _input(body: bytes) -> Parsed:
     b = _INPUT.decode(body)
-    if not b.input or bytes(b.input) in (b"null", b'""', b"[]"):
+    parts = [_given(p) for p in (b.instructions, b.tools, b.input)]
+    if _is_empty(parts[-1]):
         raise BadRequest("invalid request: must have input field")
-    parts = [bytes(p) for p in (b.instructions, b.tools, b.input) if p]
     return _parsed(b, (b"".join(parts),), b.max_output_tokens)
 
 
@@ -164,9 +187,10 @@ def _image(body: bytes) -> Parsed:
 
 def _conversation(body: bytes) -> Parsed:
     b = _CONVERSATION.decode(body)
-    if not b.items or bytes(b.items) in (b"null", b"[]"):
+    items = _given(b.items)
+    if _is_empty(items):
         raise BadRequest("invalid conversations request: must have items field")
-    return _parsed(b, (bytes(b.items),), None)
+    return _parsed(b, (items,), None)
 
 
 _READERS = {
@@ -224,11 +248,11 @@ def usage_in_tail(tail: bytes) -> Usage | None:
     """The last complete ``usage`` object in the final bytes of a reply, streamed or whole; None if there is none."""
     at = tail.rfind(_USAGE_KEY)
     while at >= 0:
-        text = tail[at + len(_USAGE_KEY) :].lstrip(b" :\n")
+        text = tail[at + len(_USAGE_KEY) :].lstrip(b" :\r\n\t")
         if text.startswith(b"{") and (end := _object_end(text)):
             try:
                 return _USAGE.decode(text[:end])
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, RecursionError):
                 pass
         at = tail.rfind(_USAGE_KEY, 0, at)
     return None
@@ -251,7 +275,13 @@ _OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def with_model(body: bytes, model: str) -> bytes:
-    """``body`` with another ``model``. All other values keep their very bytes, and the order stays."""
-    fields = _OBJECT.decode(body)
+    """``body`` with another ``model``. All other values keep their very bytes, and the order stays.
+
+    BadRequest when it cannot be read that far.
+    """
+    try:
+        fields = _OBJECT.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise BadRequest(f"error unmarshaling request bodyMap: {e}") from None
     fields["model"] = msgspec.Raw(msgspec.json.encode(model))
     return b"{" + b",".join(msgspec.json.encode(k) + b":" + bytes(v) for k, v in fields.items()) + b"}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import re
 import socket
 from pathlib import Path
 from typing import ClassVar
@@ -56,7 +57,7 @@ def read_entries(text: str, source: str) -> list[Entry]:
     """Raises ConfigError naming ``source`` and the entry."""
     if len(text) > MAX_FILE_BYTES:
         raise ConfigError(f"{len(text)} bytes; at most {MAX_FILE_BYTES} are accepted", source)
-    entries = convert(read_yaml(text) or {}, _File, f"{source}: $").endpoints
+    entries = convert(read_yaml(text, source) if text.strip() else {}, _File, f"{source}: $").endpoints
     if len(entries) > MAX_ENDPOINTS:
         raise ConfigError(f"{len(entries)} endpoints; at most {MAX_ENDPOINTS} are accepted", source)
     seen: set[tuple[str, str]] = set()
@@ -67,7 +68,7 @@ def read_entries(text: str, source: str) -> list[Entry]:
         if (entry.namespace, entry.name) in seen:
             raise ConfigError(f"{entry.namespace}/{entry.name} is listed twice", f"{where}.name")
         seen.add((entry.namespace, entry.name))
-        if not str(entry.port).isdigit() or not 1 <= int(entry.port) <= 65535:
+        if not re.fullmatch("[0-9]{1,5}", str(entry.port)) or not 1 <= int(entry.port) <= 65535:
             raise ConfigError(f"port {entry.port!r} is not a number from 1 to 65535", f"{where}.port")
         if not entry.address or any(c in entry.address for c in "/[] ") or _looks_like_port(entry.address):
             raise ConfigError(
@@ -112,9 +113,8 @@ class FileWatcher:
             raise ConfigError(f"cannot read the endpoints file: {e.strerror}", str(self.path)) from None
         except UnicodeDecodeError as e:
             raise ConfigError(f"not UTF-8 text: {e}", str(self.path)) from None
-        entries = read_entries(text, str(self.path))
-        await self._apply(entries)
-        self._entries = entries
+        self._entries = read_entries(text, str(self.path))
+        await self._apply(self._entries)
 
     async def _apply(self, entries: list[Entry]) -> None:
         addresses = await asyncio.gather(*(self._resolve(e.address) for e in entries))
@@ -135,7 +135,7 @@ class FileWatcher:
             pass
         try:
             found = await asyncio.get_running_loop().getaddrinfo(address, None, type=socket.SOCK_STREAM)
-        except OSError:
+        except (OSError, UnicodeError):  # UnicodeError: not a name at all, a label too long or empty
             return self._addresses.get(address)
         # A name of several addresses stays with the one it had, so the endpoint keeps what we know of it.
         known = [str(info[4][0]) for info in found]

@@ -63,6 +63,11 @@ class _Open:
         self.prefilling = True
 
 
+def _identity(endpoint: Endpoint) -> tuple[str, str]:
+    """One of the same name at another address is another server, and starts empty."""
+    return endpoint.key, endpoint.hostport
+
+
 class InFlightLoad(Producer):
     """The live counters.
 
@@ -75,14 +80,14 @@ class InFlightLoad(Producer):
         super().__init__(name)
         self.params = params
         self._prefix = reads(Attribute.PREFIX_MATCH, params.prefix_match_info_producer_name).producer
-        self._counters: dict[str, _Counter] = {}
+        self._counters: dict[tuple[str, str], _Counter] = {}
         self._open: dict[str, _Open] = {}
 
     def endpoints_changed(self, endpoints: list[Endpoint]) -> None:
-        self._counters = {e.key: self._counters.get(e.key) or _Counter() for e in endpoints}
+        self._counters = {_identity(e): self._counters.get(_identity(e)) or _Counter() for e in endpoints}
 
     def produce(self, request: Request, candidates: Candidates, now_s: float) -> dict[str, Array]:
-        counters = [self._counters[e.key] for e in candidates.endpoints]
+        counters = [self._counters[_identity(e)] for e in candidates.endpoints]
         load = np.array(
             [(c.requests, c.charged_tokens, c.prefill_tokens, c.resident_tokens) for c in counters], dtype=np.float64
         )
@@ -106,7 +111,7 @@ class InFlightLoad(Producer):
         return np.minimum(missing + beyond, float(request.input_tokens))
 
     def chosen(self, decision: Decision, candidates: Candidates, position: int, now_s: float) -> None:
-        counter = self._counters[candidates.endpoints[position].key]
+        counter = self._counters[_identity(candidates.endpoints[position])]
         uncached = float(candidates.columns[f"uncached_tokens/{self.name}"][position])
         one = _Open(counter, uncached + self._output_tokens(decision.request), uncached, decision.request.input_tokens)
         counter.requests += 1
@@ -120,7 +125,8 @@ class InFlightLoad(Producer):
         if not self.params.add_estimated_output_tokens:
             return 0.0
         caps = (request.max_output_tokens, self.params.max_estimated_output_tokens)
-        return float(min([round(request.input_tokens * self.params.output_ratio), *(c for c in caps if c is not None)]))
+        estimate = round(request.input_tokens * self.params.output_ratio)
+        return float(min([estimate, *(max(0, cap) for cap in caps if cap is not None)]))
 
     def first_token(self, ticket: str, now_s: float) -> None:
         one = self._open.get(ticket)

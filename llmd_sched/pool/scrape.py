@@ -63,12 +63,23 @@ class PageReader:
             while at >= 0:
                 after = page[at + 1 + len(name) : at + 2 + len(name)]
                 if after in (b"{", b" "):
+                    at = self._first_line(page, name, at)
                     self._at[name] = at
                     return at + 1
                 at = page.find(b"\n" + name, at + 1)
             if not hint:
                 break
         return 0 if page.startswith((name + b"{", name + b" ")) else -1
+
+    @staticmethod
+    def _first_line(page: bytes, name: bytes, at: int) -> int:
+        """The line break before a family's first sample, when ``at`` is the one before any: a hint may point inside."""
+        while at > 0:
+            before = page.rfind(b"\n", 0, at)
+            if not page.startswith((name + b"{", name + b" "), before + 1):
+                break
+            at = before
+        return at
 
     def _series(self, page: bytes, name: bytes) -> list[float]:
         values = []
@@ -77,8 +88,10 @@ class PageReader:
             end = page.find(b"\n", at)
             end = len(page) if end < 0 else end
             try:
-                value = float(page[page.rfind(b" ", at, end) + 1 : end])
-            except ValueError:
+                # name{labels} value [timestamp]
+                after = max(page.rfind(b"}", at, end) + 1, at + len(name))
+                value = float(page[after:end].split(None, 1)[0])
+            except (ValueError, IndexError):
                 value = float("nan")
             if value == value and abs(value) != float("inf"):
                 values.append(value)

@@ -76,7 +76,8 @@ class PredictedLatency(Producer):
         self.ledger = Ledger(ttl_s=duration_s(params.context_ttl))
         self.on_sample: Callable[[Sample], None] = lambda sample: None
         self._in_flight = params.reads()[1].producer
-        self._rows: Array | None = None
+        self._last: tuple[Array, Array, Array] | None = None
+        """Rows and both predictions of the request being decided."""
         self._mean_output_tokens = FIRST_OUTPUT_GUESS_TOKENS
         self._replies = 0
         self._running_slos: dict[str, dict[str, float]] = {}
@@ -94,15 +95,16 @@ class PredictedLatency(Producer):
         self._running_slos = {e.key: self._running_slos.get(e.key, {}) for e in endpoints}
 
     def produce(self, request: Request, candidates: Candidates, now_s: float) -> dict[str, Array]:
-        self._rows = None
-        if not self.params.predict_in_produce:
-            return {}
+        self._last = None
         columns = dict(candidates.columns)
         for column in ("inflight_requests", "inflight_prefill_tokens", "resident_tokens", "uncached_tokens"):
             columns[column] = columns[f"{column}/{self._in_flight}"]
         view = Candidates(candidates.endpoints, columns)
-        self._rows = features.rows(request, view, self._expected_output_tokens(request))
-        ttft_ms, tpot_ms = self.model.predict(self._rows)
+        rows = features.rows(request, view, self._expected_output_tokens(request))
+        ttft_ms, tpot_ms = self.model.predict(rows)
+        self._last = (rows, ttft_ms, tpot_ms)
+        if not self.params.predict_in_produce:
+            return {}
         ttft_headroom_ms, tpot_headroom_ms = self._headrooms(request, candidates.endpoints, ttft_ms, tpot_ms)
         return {
             f"ttft_ms/{self.name}": ttft_ms,
@@ -139,12 +141,13 @@ class PredictedLatency(Producer):
         return ttft, tpot
 
     def predicted(self, candidates: Candidates, position: int) -> Prediction | None:
-        if self._rows is None:
+        if self._last is None:
             return None
+        rows, ttft_ms, tpot_ms = self._last
         return Prediction(
-            row=tuple(self._rows[position].tolist()),
-            ttft_ms=float(candidates.columns[f"ttft_ms/{self.name}"][position]),
-            tpot_ms=float(candidates.columns[f"tpot_ms/{self.name}"][position]),
+            row=tuple(rows[position].tolist()),
+            ttft_ms=float(ttft_ms[position]),
+            tpot_ms=float(tpot_ms[position]),
             model_version=self.model.version,
         )
 

@@ -130,6 +130,11 @@ class ApproxPrefixCacheProducer(ProducerPlugin, frozen=True):
         return ApproxPrefixCache(name, self)
 
 
+def _identity(endpoint: Endpoint) -> tuple[str, str]:
+    """One of the same name at another address is another server, with another cache."""
+    return endpoint.key, endpoint.hostport
+
+
 class ApproxPrefixCache(Producer):
     """The live index. Columns: ``prefix_match_blocks``, ``prefix_total_blocks``, ``prefix_block_tokens``."""
 
@@ -137,19 +142,19 @@ class ApproxPrefixCache(Producer):
         super().__init__(name)
         self.params = params
         self.index = PrefixIndex()
-        self._ids: dict[str, int] = {}
+        self._ids: dict[tuple[str, str], int] = {}
         self._free_ids: list[int] = []
         self._last: tuple[Request, list[list[int]], int] | None = None
 
     def endpoints_changed(self, endpoints: list[Endpoint]) -> None:
-        keys = {e.key for e in endpoints}
+        keys = {_identity(e) for e in endpoints}
         for key in [k for k in self._ids if k not in keys]:
             endpoint = self._ids.pop(key)
             self.index.forget(endpoint)
             self._free_ids.append(endpoint)
         for e in endpoints:
-            if e.key not in self._ids:
-                self._ids[e.key] = self._free_ids.pop() if self._free_ids else len(self._ids)
+            if _identity(e) not in self._ids:
+                self._ids[_identity(e)] = self._free_ids.pop() if self._free_ids else len(self._ids)
 
     def produce(self, request: Request, candidates: Candidates, now_s: float) -> dict[str, Array]:
         block_tokens = self._block_tokens(candidates)
@@ -157,7 +162,7 @@ class ApproxPrefixCache(Producer):
         root = request.target_model + request.cache_salt
         chains = [block_hashes(p, root, block_tokens, limit).tolist() for p in request.prompts]
         self._last = (request, chains, block_tokens)
-        ids = [self._ids[e.key] for e in candidates.endpoints]
+        ids = [self._ids[_identity(e)] for e in candidates.endpoints]
         match = np.zeros(len(ids))
         for chain in chains:
             match += self.index.match(chain, ids)
@@ -172,7 +177,7 @@ class ApproxPrefixCache(Producer):
             return
         _, chains, block_tokens = self._last
         capacity = self._capacity_blocks(candidates, position, block_tokens)
-        endpoint = self._ids[candidates.endpoints[position].key]
+        endpoint = self._ids[_identity(candidates.endpoints[position])]
         for chain in chains:
             self.index.insert(chain, endpoint, capacity)
 

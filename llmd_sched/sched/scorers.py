@@ -200,7 +200,7 @@ class LatencyScorer(Scorer, frozen=True):
         queue = (longest - waiting) / longest if longest > 0 else np.ones(len(waiting))
         share = prefix_share(candidates, self.reads()[1].producer)
         blend = weights[0] * (1 - candidates.column("kv_usage")) + weights[1] * queue + weights[2] * share
-        return np.asarray(np.round(100 * blend) / 100)
+        return np.asarray(np.floor(100 * blend + 0.5) / 100)
 
 
 def _unit_range(values: Array) -> tuple[Array, bool]:

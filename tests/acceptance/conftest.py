@@ -33,12 +33,12 @@ SPEEDUP = 5.0
 ENGINES = 2
 
 
-async def until(what: Callable[[], Awaitable[bool]], *, message: str = "", every_s: float = 0.05) -> None:
+async def until(what: Callable[[], Awaitable[bool]], message: str) -> None:
     """Poll until ``what`` holds; fails with ``message`` after PATIENCE_S."""
     try:
         async with asyncio.timeout(PATIENCE_S):
             while not await what():
-                await asyncio.sleep(every_s)
+                await asyncio.sleep(0.05)
     except TimeoutError:
         pytest.fail(f"waited {PATIENCE_S:g} s in vain: {message}")
 
@@ -74,6 +74,7 @@ class World:
         return await self.stack.start_llmd(
             f"engine-{number}", "sim-engine", "--preset", PRESET, "--port", str(self.engine_ports[number]),
             "--name", f"engine-{number}", "--speedup", str(SPEEDUP), "--noise", "0.05", "--seed", str(number),
+            "--max-model-len", "32768",
         )  # fmt: skip
 
     async def wait_engine(self, number: int) -> None:
@@ -98,7 +99,9 @@ class World:
         config = self.folder / f"{name}.json"
         doc = json.loads(render(settings))  # TEMPORARY
         if self.tls:
-            doc["static_resources"]["clusters"][1]["transport_socket"]["typed_config"]["common_tls_context"] = {"alpn_protocols": ["h2"]}
+            doc["static_resources"]["clusters"][1]["transport_socket"]["typed_config"]["common_tls_context"] = {
+                "alpn_protocols": ["h2"]
+            }
         config.write_text(json.dumps(doc))
         arguments = ["-c", str(config), "--concurrency", "1", "-l", "warning", "--disable-hot-restart"]
         child = await self.stack.start(name, [str(envoy_binary()), *arguments])
@@ -127,7 +130,7 @@ class World:
         await stop(self.scheduler)
         self.forget(self.scheduler)
         await self.start_scheduler()
-        await until(self.succeeds, message="never again a success")
+        await until(self.succeeds, "never again a success")
 
     async def replace_engine(self, number: int) -> None:
         await stop(self.engines[number])
@@ -165,7 +168,7 @@ class World:
         async def none_open() -> bool:
             return await self.metric("open_requests") == 0
 
-        await until(none_open, message="requests are still open")
+        await until(none_open, "requests are still open")
         assert await self.metric("lost_requests_total") == 0
 
     def outcomes(self) -> list[dict[str, Any]]:
@@ -180,7 +183,7 @@ class World:
             found[:] = [o for o in self.outcomes() if o["request_id"] == request_id]
             return bool(found)
 
-        await until(written, message=f"no outcome of {request_id}")
+        await until(written, f"no outcome of {request_id}")
         (line,) = found
         return line
 
@@ -202,5 +205,5 @@ async def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=60)) as session:
             made.http = session
-            await until(made.succeeds, message="the first request never succeeded")
+            await until(made.succeeds, "the first request never succeeded")
             yield made

@@ -10,7 +10,7 @@ import subprocess
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import aiohttp
 import psutil
@@ -21,16 +21,11 @@ from multidict import CIMultiDict
 
 from llmd_sched.app import Scheduler, ServeSettings
 from llmd_sched.extproc.envoy import EnvoySettings, render
-from llmd_sched.sim.steptime import PRESETS
 from llmd_sched.stack import Stack, StackError, envoy_binary, free_ports, stop, wait_http
-
-if TYPE_CHECKING:
-    from tests.acceptance.conftest import World
+from tests.acceptance.conftest import MODEL, PATIENCE_S, World, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-MODEL = PRESETS["llama-3-8b-h100"].model
-PATIENCE_S = 20.0
 BROKEN = (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError)
 """What a client sees when a stream breaks off."""
 
@@ -45,17 +40,7 @@ def events_of(text: bytes) -> list[Any]:
     return [t if t == "[DONE]" else json.loads(t) for t in texts]
 
 
-async def until(what: Any, message: str) -> None:
-    """Poll a coroutine function until it says true."""
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            while not await what():
-                await asyncio.sleep(0.05)
-    except TimeoutError:
-        pytest.fail(f"waited {PATIENCE_S:g} s in vain: {message}")
-
-
-# --- good times --------------------------------------------------------------------------------------------------------
+# --- good times -------------------------------------------------------------------------------------------------------
 
 
 async def test_a_whole_reply_is_measured(world: World) -> None:
@@ -157,13 +142,17 @@ async def test_the_model_learns_from_the_traffic(world: World) -> None:
     await world.idle()
 
 
-# --- bad input ---------------------------------------------------------------------------------------------------------
+# --- bad input --------------------------------------------------------------------------------------------------------
 
 BAD = {
     "no JSON": (b"no JSON", 400, "inference error: BadRequest - error unmarshaling request bodyMap: "),
     "no object": (b"[1, 2]", 400, "inference error: BadRequest - error unmarshaling request bodyMap: "),
     "no model": (b'{"prompt": "p"}', 400, "inference error: BadRequest - model not found in request body"),
-    "no prompt": (b'{"model": "m"}', 400, "inference error: BadRequest - invalid completions request: must have prompt"),
+    "no prompt": (
+        b'{"model": "m"}',
+        400,
+        "inference error: BadRequest - invalid completions request: must have prompt",
+    ),
     "a model nobody serves": (b'{"model": "other", "prompt": "p"}', 404, '"the model '),
 }
 
@@ -284,7 +273,7 @@ async def send_and_wait(world: World, request_id: str) -> None:
         await reply.read()
 
 
-# --- headers -----------------------------------------------------------------------------------------------------------
+# --- headers ----------------------------------------------------------------------------------------------------------
 
 
 class Echo:
@@ -473,7 +462,7 @@ async def test_an_engine_that_cannot_be_reached_is_a_failure_told_at_once(echo: 
     assert echo.sample("request_error_total") == errors + 1
 
 
-# --- bad times ---------------------------------------------------------------------------------------------------------
+# --- bad times --------------------------------------------------------------------------------------------------------
 
 
 async def test_an_engine_killed_in_mid_stream_breaks_its_stream_and_nothing_else(world: World) -> None:
@@ -485,8 +474,7 @@ async def test_an_engine_killed_in_mid_stream_breaks_its_stream_and_nothing_else
         number = int(pod.removeprefix("engine-"))
         await world.kill(world.engines[number])
         with pytest.raises(BROKEN):
-            while not reply.content.at_eof():
-                await reply.content.readany()
+            await reply.read()
     seen = await world.outcome(request_id)
     assert seen["end"] in ("upstream-failed", "aborted")
     assert seen["status"] == 200
@@ -584,7 +572,7 @@ async def test_a_scheduler_told_to_stop_finishes_what_is_open(world: World) -> N
     await world.still_serves()
 
 
-# --- configuration -----------------------------------------------------------------------------------------------------
+# --- configuration ----------------------------------------------------------------------------------------------------
 
 SETTINGS = {
     "lean": EnvoySettings(path="lean"),

@@ -40,10 +40,13 @@ PATIENCE_S = 10.0
 """How long anything may take before a test gives up. Nothing waits that long unless it is broken."""
 
 HEAD = "apiVersion: llm-d.ai/v1alpha1\nkind: EndpointPickerConfig\n"
-PASSTHROUGH = HEAD + """\
+PASSTHROUGH = (
+    HEAD
+    + """\
 plugins: [{type: queue-scorer}, {type: kv-cache-utilization-scorer}, {type: passthrough-parser}]
 requestHandler: {parsers: [{pluginRef: passthrough-parser}]}
 """
+)
 LEAST_REQUESTS = HEAD + "plugins: [{type: active-request-scorer}, {type: max-score-picker}]\n"
 
 BODY = {"model": "m", "prompt": "hello", "max_tokens": 5}
@@ -56,7 +59,7 @@ async def until(what: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-# --- a server, and a stream to it --------------------------------------------------------------------------------------
+# --- a server, and a stream to it -------------------------------------------------------------------------------------
 
 
 class Served:
@@ -65,9 +68,7 @@ class Served:
     def __init__(self, pods: Sequence[tuple[float, float]], text: str, settings: ServerSettings) -> None:
         resolved = resolve(configs.load(text))
         self.pool = Pool(stale_after_s=1e9)
-        self.pool.apply(
-            Endpoint(name=f"pod-{i}", address=f"192.168.1.{i + 1}", port=8000) for i in range(len(pods))
-        )
+        self.pool.apply(Endpoint(name=f"pod-{i}", address=f"192.168.1.{i + 1}", port=8000) for i in range(len(pods)))
         for pod, (waiting, kv_usage) in zip(self.pool.endpoints, pods, strict=True):
             self.pool.record(pod, Load(waiting=waiting, running=0.0, kv_usage=kv_usage), time.monotonic())
         self.router = build_router(resolved, self.pool, Random(1))
@@ -162,14 +163,16 @@ async def exchange(served: Served, *messages: Message) -> list[Reply]:
         return await stream.to_the_end()
 
 
-# --- messages ----------------------------------------------------------------------------------------------------------
+# --- messages ---------------------------------------------------------------------------------------------------------
 
 
 def header_map(values: dict[str, str]) -> core_pb2.HeaderMap:
     return core_pb2.HeaderMap(headers=[core_pb2.HeaderValue(key=k, raw_value=v.encode()) for k, v in values.items()])
 
 
-def headers(mode: str = "FULL_DUPLEX_STREAMED", end: bool = False, path: str = "/v1/completions", **extra: str) -> Message:
+def headers(
+    mode: str = "FULL_DUPLEX_STREAMED", end: bool = False, path: str = "/v1/completions", **extra: str
+) -> Message:
     """Headers as in the reference's tests; ``x_model="m"`` becomes ``x-model: m``."""
     values = {":path": path, ":method": "POST", "hi": "mom", "x-request-id": "test-request-id"}
     values |= {k.replace("_", "-"): v for k, v in extra.items()}
@@ -195,11 +198,13 @@ def response_body(data: bytes, end: bool = False) -> Message:
     return Message(response_body=ext_proc_pb2.HttpBody(body=data, end_of_stream=end))
 
 
-def asked(mode: str = "FULL_DUPLEX_STREAMED", data: bytes = RAW, subset: Any = None, **extra: str) -> tuple[Message, ...]:
+def asked(
+    mode: str = "FULL_DUPLEX_STREAMED", data: bytes = RAW, subset: Any = None, **extra: str
+) -> tuple[Message, ...]:
     return headers(mode, **extra), body(data, subset=subset)
 
 
-# --- what replies say --------------------------------------------------------------------------------------------------
+# --- what replies say -------------------------------------------------------------------------------------------------
 
 
 def kinds(replies: list[Reply]) -> list[str]:
@@ -213,7 +218,9 @@ def set_by(reply: Reply) -> dict[str, str]:
 
 def streamed(replies: list[Reply], kind: str) -> tuple[bytes, list[bool]]:
     """All bytes of the body replies of this kind, and the end marks one by one."""
-    pieces = [getattr(r, kind).response.body_mutation.streamed_response for r in replies if r.WhichOneof("response") == kind]
+    pieces = [
+        getattr(r, kind).response.body_mutation.streamed_response for r in replies if r.WhichOneof("response") == kind
+    ]
     return b"".join(p.body for p in pieces), [p.end_of_stream for p in pieces]
 
 
@@ -236,7 +243,7 @@ def refused(replies: list[Reply]) -> tuple[int, str, dict[str, str]]:
 LEAN, DUPLEX = "BUFFERED", "FULL_DUPLEX_STREAMED"
 both = pytest.mark.parametrize("mode", [LEAN, DUPLEX])
 
-# --- the reference's cases ---------------------------------------------------------------------------------------------
+# --- the reference's cases --------------------------------------------------------------------------------------------
 
 
 @both
@@ -410,7 +417,7 @@ async def test_scores_of_all_candidates_are_told_when_asked_for(mode: str, on: b
             assert scores["192.168.1.2:8000"] > scores["192.168.1.1:8000"] >= 0
 
 
-# --- the response phase ------------------------------------------------------------------------------------------------
+# --- the response phase -----------------------------------------------------------------------------------------------
 
 WHOLE = b'{"model": "m", "choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 5}}'
 
@@ -485,7 +492,7 @@ async def test_a_reply_that_ends_with_trailers_is_answered_to_its_end() -> None:
         await served.idle()
 
 
-# --- many at once, and clients that go ---------------------------------------------------------------------------------
+# --- many at once, and clients that go --------------------------------------------------------------------------------
 
 
 async def test_a_second_request_sees_that_the_first_is_open() -> None:
@@ -595,7 +602,7 @@ async def test_a_mode_we_do_not_speak_is_refused(mode: str) -> None:
         assert f"request_body_mode {mode} is not supported" in text
 
 
-# --- access logs -------------------------------------------------------------------------------------------------------
+# --- access logs ------------------------------------------------------------------------------------------------------
 
 
 def entry(ticket: str, **noted: Any) -> accesslog_pb2.HTTPAccessLogEntry:
@@ -638,7 +645,7 @@ async def test_an_empty_batch_of_the_access_log_is_no_error() -> None:
         await served.access_log(entry(""))
 
 
-# --- the whole scheduler: TLS, health, draining ------------------------------------------------------------------------
+# --- the whole scheduler: TLS, health, draining -----------------------------------------------------------------------
 
 
 @asynccontextmanager
@@ -693,23 +700,25 @@ async def test_health_answers_by_name_on_both_ports(tmp_path: Path) -> None:
 
 
 async def test_while_draining_it_is_not_serving_and_open_streams_go_on(tmp_path: Path) -> None:
-    async with scheduler(tmp_path, drain_timeout_s=PATIENCE_S) as (running, grpc_port, health_port):
-        async with aio.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
-            stream = Stream(channel)
-            await stream.send(*asked())
-            await stream.replies(2)
-            stopping = asyncio.create_task(running.stop())
-            async with asyncio.timeout(PATIENCE_S):
-                while await health(health_port, "readiness") == "SERVING":
-                    await asyncio.sleep(0.01)
-            names = ("", "readiness", EXT_PROC)
-            assert {name: await health(health_port, name) for name in names} == dict.fromkeys(names, "NOT_SERVING")
-            assert await ask_get(channel)
-            assert not stopping.done()
-            await stream.send(response_headers(), response_body(b"{}", end=True))
-            assert kinds(await stream.replies(2)) == ["response_headers", "response_body"]
-            await asyncio.wait_for(stopping, PATIENCE_S)
-            assert not running.router.open
+    async with (
+        scheduler(tmp_path, drain_timeout_s=PATIENCE_S) as (running, grpc_port, health_port),
+        aio.insecure_channel(f"127.0.0.1:{grpc_port}") as channel,
+    ):
+        stream = Stream(channel)
+        await stream.send(*asked())
+        await stream.replies(2)
+        stopping = asyncio.create_task(running.stop())
+        async with asyncio.timeout(PATIENCE_S):
+            while await health(health_port, "readiness") == "SERVING":
+                await asyncio.sleep(0.01)
+        names = ("", "readiness", EXT_PROC)
+        assert {name: await health(health_port, name) for name in names} == dict.fromkeys(names, "NOT_SERVING")
+        assert await ask_get(channel)
+        assert not stopping.done()
+        await stream.send(response_headers(), response_body(b"{}", end=True))
+        assert kinds(await stream.replies(2)) == ["response_headers", "response_body"]
+        await asyncio.wait_for(stopping, PATIENCE_S)
+        assert not running.router.open
 
 
 async def test_it_serves_with_a_certificate_of_its_own(tmp_path: Path) -> None:
@@ -760,11 +769,15 @@ async def test_a_second_scheduler_cannot_share_a_port_with_the_first(tmp_path: P
     async with scheduler(tmp_path) as (_, grpc_port, health_port):
         for ports in ({"grpc_port": grpc_port, "health_port": 0}, {"grpc_port": 0, "health_port": health_port}):
             settings = ServeSettings(
-                host="127.0.0.1", endpoints_file=str(tmp_path / "endpoints.yaml"), metrics_port=free_ports(1)[0], **ports
+                host="127.0.0.1",
+                endpoints_file=str(tmp_path / "endpoints.yaml"),
+                drain_timeout_s=0.0,
+                metrics_port=free_ports(1)[0],
+                **ports,
             )
             second = Scheduler(settings)
-            with pytest.raises(OSError, match="cannot listen"):
-                try:
+            try:
+                with pytest.raises(OSError, match="cannot listen"):
                     await second.start()
-                finally:
-                    await second._stack.aclose()
+            finally:
+                await second.stop()

@@ -20,11 +20,20 @@ def at_us(after_us: float) -> float:
     return START_S * 1e6 + 250_000 + after_us
 
 
-STREAM = {"ticket": "t-1", "streamed": True, "first_us": at_us(150_000), "last_us": at_us(950_000), "events": 5, "tail": "x"}
+STREAM = {
+    "ticket": "t-1",
+    "streamed": True,
+    "first_us": at_us(150_000),
+    "last_us": at_us(950_000),
+    "events": 5,
+    "tail": "x",
+}
 WHOLE = {"ticket": "t-1", "streamed": False, "first_us": at_us(150_000), "last_us": at_us(150_000), "tail": "{" + USAGE}
 
 
-def entry(noted: dict[str, Any] | None, *, status: int = 200, flags: dict[str, Any] | None = None, **common: Any) -> Any:
+def entry(
+    noted: dict[str, Any] | None, *, status: int = 200, flags: dict[str, Any] | None = None, **common: Any
+) -> Any:
     """Started at START_S + 250 ms, sent upstream 50 ms later, over after a second."""
     made = accesslog_pb2.HTTPAccessLogEntry()
     properties = made.common_properties

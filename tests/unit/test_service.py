@@ -65,7 +65,9 @@ class Picker:
             self.router, build_parsers(resolved), Telemetry(self.registry), clock=self.clock, outcome_log=self.log
         )
 
-    def route(self, body: Any = BODY, headers: dict[str, str] | None = None, subset: frozenset[str] | None = None) -> Any:
+    def route(
+        self, body: Any = BODY, headers: dict[str, str] | None = None, subset: frozenset[str] | None = None
+    ) -> Any:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         fields = {":path": "/v1/completions", "x-request-id": "r-1"} if headers is None else headers
         return self.service.route(Route(fields, raw, subset), raw)
@@ -86,7 +88,7 @@ def picker() -> Picker:
     return Picker()
 
 
-# --- headers -----------------------------------------------------------------------------------------------------------
+# --- headers ----------------------------------------------------------------------------------------------------------
 
 HEADERS = [
     ("x-llm-d-inference-fairness-id", "x-gateway-inference-fairness-id", "fairness_id", "a", "b", "a", "b"),
@@ -133,7 +135,8 @@ def test_an_slo_is_a_number_of_milliseconds(picker: Picker, text: str, ms: float
 
 
 @pytest.mark.parametrize(
-    "text", ["nan", "NaN", "inf", "-inf", "Infinity", "1e999", "-1", "0", "-0.0", "86400001", "1e300", "fast", "1,5", "10ms"]
+    "text",
+    ["nan", "NaN", "inf", "-inf", "Infinity", "1e999", "-1", "0", "-0.0", "86400001", "1e300", "fast", "1,5", "10ms"],
 )
 @pytest.mark.parametrize(
     ("name", "counted"),
@@ -155,7 +158,7 @@ def test_an_empty_slo_is_no_slo(picker: Picker) -> None:
     assert picker.request(x_llm_d_slo_ttft_ms="").ttft_slo_ms is None
 
 
-# --- model -------------------------------------------------------------------------------------------------------------
+# --- model ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_body_that_is_not_rewritten_keeps_its_very_bytes(picker: Picker) -> None:
@@ -207,7 +210,7 @@ def test_the_passthrough_parser_knows_no_model_and_changes_nothing() -> None:
     assert picker.sample("request_total", model_name="", priority="0") == 1
 
 
-# --- path --------------------------------------------------------------------------------------------------------------
+# --- path -------------------------------------------------------------------------------------------------------------
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 
@@ -240,7 +243,7 @@ def test_an_unknown_path_is_routed_by_load_unless_there_is_no_parser_for_it(pick
         Picker(OPENAI_ONLY).route(b"no JSON", {":path": "/v1/audio?x=1"})
 
 
-# --- choosing and finishing --------------------------------------------------------------------------------------------
+# --- choosing and finishing -------------------------------------------------------------------------------------------
 
 
 def test_a_choice_is_counted(picker: Picker) -> None:
@@ -353,7 +356,7 @@ def test_an_end_is_counted_once_and_strangers_not_at_all(picker: Picker) -> None
     assert len(picker.lines.texts) == 1
 
 
-# --- the outcome log ---------------------------------------------------------------------------------------------------
+# --- the outcome log --------------------------------------------------------------------------------------------------
 
 
 def decided(prediction: Prediction | None) -> Decision:

@@ -23,7 +23,7 @@ MODES = processing_mode_pb2.ProcessingMode.BodySendMode
 LEAN, DUPLEX = "BUFFERED", "FULL_DUPLEX_STREAMED"
 LIMIT_BYTES = 1 << 20
 
-# --- messages, as Envoy sends them -------------------------------------------------------------------------------------
+# --- messages, as Envoy sends them ------------------------------------------------------------------------------------
 
 
 def lines(values: dict[str, str] | Sequence[tuple[str, str]]) -> core_pb2.HeaderMap:
@@ -75,10 +75,12 @@ def with_subset(message: Message, value: Any, namespace: str = "envoy.lb.subset_
     return message
 
 
-# --- the driver, and what comes back -----------------------------------------------------------------------------------
+# --- the driver, and what comes back ----------------------------------------------------------------------------------
 
 
-def decision(*, streaming: bool = False, prediction: Prediction | None = None, picked: Sequence[Endpoint] = ()) -> Decision:
+def decision(
+    *, streaming: bool = False, prediction: Prediction | None = None, picked: Sequence[Endpoint] = ()
+) -> Decision:
     return Decision(
         ticket="t-1",
         request=Request(id="made-up-id", streaming=streaming),
@@ -168,9 +170,11 @@ def set_by(reply: Reply) -> dict[str, str]:
     """Header name -> value of everything the reply sets; no name twice."""
     kind = reply.WhichOneof("response")
     assert kind
-    mutation = reply.immediate_response.headers if kind == "immediate_response" else getattr(
-        reply, kind
-    ).response.header_mutation
+    mutation = (
+        reply.immediate_response.headers
+        if kind == "immediate_response"
+        else getattr(reply, kind).response.header_mutation
+    )
     assert not mutation.remove_headers
     names = [h.header.key for h in mutation.set_headers]
     assert len(names) == len(set(names))
@@ -183,7 +187,7 @@ def body_of(driver: Driver, kind: str) -> bytes:
     return b"".join(getattr(r, kind).response.body_mutation.streamed_response.body for r in pieces)
 
 
-# --- orders of messages ------------------------------------------------------------------------------------------------
+# --- orders of messages -----------------------------------------------------------------------------------------------
 
 ORDERS: dict[str, tuple[list[Message], list[str]]] = {
     "duplex: the reply to the headers waits for the body": (
@@ -381,7 +385,7 @@ def test_a_body_after_the_route_is_ignored() -> None:
     assert driver.shapes == ["Route(2)", "request_headers", "request_body 2."]
 
 
-# --- modes -------------------------------------------------------------------------------------------------------------
+# --- modes ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("mode", "path"), [(LEAN, Path.LEAN), (DUPLEX, Path.DUPLEX), (None, Path.DUPLEX)])
@@ -407,7 +411,7 @@ def test_a_mode_we_do_not_speak_is_refused_by_name(mode: str) -> None:
     assert DUPLEX in text
 
 
-# --- what reaches the router -------------------------------------------------------------------------------------------
+# --- what reaches the router ------------------------------------------------------------------------------------------
 
 
 def routed(*messages: Message, **options: Any) -> Route:
@@ -484,7 +488,7 @@ def test_a_flag_ignores_the_hint() -> None:
     assert routed(request_headers(), body, honour_subset=False).subset is None
 
 
-# --- what goes back to the proxy ---------------------------------------------------------------------------------------
+# --- what goes back to the proxy --------------------------------------------------------------------------------------
 
 
 def reply_of(driver: Driver, kind: str) -> Reply:
@@ -499,9 +503,7 @@ def test_destination_header_and_metadata_say_the_same(mode: str, kind: str) -> N
     driver = Driver(decided=decision(picked=(OTHER, POD))).send(request_headers(mode), request_body(b"{}", end=True))
     reply = reply_of(driver, kind)
     assert set_by(reply)["x-gateway-destination-endpoint"] == "10.0.0.2:8000,10.0.0.1:8000"
-    assert dict(reply.dynamic_metadata["envoy.lb"]) == {
-        "x-gateway-destination-endpoint": "10.0.0.2:8000,10.0.0.1:8000"
-    }
+    assert dict(reply.dynamic_metadata["envoy.lb"]) == {"x-gateway-destination-endpoint": "10.0.0.2:8000,10.0.0.1:8000"}
     assert dict(reply.dynamic_metadata["llmd"]) == {"ticket": "t-1"}
 
 
@@ -568,7 +570,9 @@ def test_the_duplex_path_sends_the_changed_body() -> None:
 
 @pytest.mark.parametrize(("mode", "kind"), CASES)
 @pytest.mark.parametrize(("sent", "made"), [(None, "made-up-id"), ("", "made-up-id"), ("r-1", None)])
-def test_a_request_id_is_added_only_when_there_is_none(mode: str, kind: str, sent: str | None, made: str | None) -> None:
+def test_a_request_id_is_added_only_when_there_is_none(
+    mode: str, kind: str, sent: str | None, made: str | None
+) -> None:
     values = {} if sent is None else {"x_request_id": sent}
     driver = Driver().send(request_headers(mode, **values), request_body(b"{}", end=True))
     assert set_by(reply_of(driver, kind)).get("x-request-id") == made
@@ -636,7 +640,7 @@ def test_every_reply_seen_is_marked_and_keeps_its_headers() -> None:
         assert set_by(Driver().send(*messages).replies[-1]) == {"x-went-into-resp-headers": "true"}
 
 
-# --- refusals ----------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -705,7 +709,7 @@ def test_a_chunked_body_is_refused_as_soon_as_it_is_too_long() -> None:
     assert driver.shapes == ["refused 413"]
 
 
-# --- what became of the request ----------------------------------------------------------------------------------------
+# --- what became of the request ---------------------------------------------------------------------------------------
 
 ROUTED = (request_headers(), request_body(b"{}", end=True))
 
@@ -807,9 +811,7 @@ def test_a_reply_that_never_came_has_no_status() -> None:
 
 def test_times_run_from_when_the_request_was_sent_on() -> None:
     """One message is one second: routed at 2, headers at 3, first chunk at 4, last at 6."""
-    driver = Driver().send(
-        *ROUTED, stream_headers(), response_body(b"data: 1\n\n"), response_body(b"data: 2\n\n")
-    )
+    driver = Driver().send(*ROUTED, stream_headers(), response_body(b"data: 1\n\n"), response_body(b"data: 2\n\n"))
     outcome = driver.send(response_body(b"data: 3\n\n", end=True)).outcome
     assert (outcome.ttft_ms, outcome.e2e_ms) == (2000.0, 4000.0)
     assert outcome.output_tokens == 3
@@ -875,10 +877,12 @@ def test_an_error_in_a_stream_is_no_token(status: str) -> None:
     assert outcome.output_tokens is None
 
 
-# --- any order at all --------------------------------------------------------------------------------------------------
+# --- any order at all -------------------------------------------------------------------------------------------------
 
 _texts = st.sampled_from(["", "0", "5", "200", "503", "text/event-stream", "application/json", "nonsense"])
-_bytes = st.sampled_from([b"", b"{}", b"data: 1\n\n", b"data: [DONE]\n\n", b'"usage": {"completion_tokens": 3}', b"x" * 70])
+_bytes = st.sampled_from(
+    [b"", b"{}", b"data: 1\n\n", b"data: [DONE]\n\n", b'"usage": {"completion_tokens": 3}', b"x" * 70]
+)
 
 
 @st.composite
