@@ -55,7 +55,7 @@ def read_entry(entry: accesslog_pb2.HTTPAccessLogEntry) -> tuple[str, Outcome] |
         first_ms=(first_us - sent_us) / 1e3 if first_us else None,
         e2e_ms=(end_us - sent_us) / 1e3,
         tail=noted[names.BODY_TAIL].string_value.encode() if names.BODY_TAIL in noted else b"",
-        events=int(noted[names.BODY_EVENTS].number_value) if names.BODY_EVENTS in noted else 0,
+        events=int(noted[names.BODY_EVENTS].number_value) if names.BODY_EVENTS in noted else None,
         response_bytes=entry.response.response_body_bytes,
     )
     return noted[names.TICKET].string_value, outcome

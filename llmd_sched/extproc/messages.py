@@ -23,6 +23,11 @@ def header_map(received: core_pb2.HeaderMap) -> dict[str, str]:
     return {h.key.lower(): h.raw_value.decode("utf-8", "replace") or h.value for h in received.headers}
 
 
+def whole_number(text: str) -> int | None:
+    """A header's decimal number; None when it is not one of at most 18 plain digits."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
+
+
 def subset_hint(message: ext_proc_pb2.ProcessingRequest) -> frozenset[str] | None:
     """The ``ip:port`` or ``ip`` the proxy restricts us to, as a list or one comma-separated string; None without."""
     spaces = message.metadata_context.filter_metadata

@@ -13,7 +13,7 @@ function envoy_on_response(handle)
   local content_type = handle:headers():get("content-type") or ""
   local streamed = string.find(content_type, "text/event-stream", 1, true) ~= nil
   note(handle, "streamed", streamed)
-  local events, tail, last_us = 0, "", nil
+  local events, tail, cut, last_us = 0, "", "\n", nil
   for chunk in handle:bodyChunks() do
     local length = chunk:length()
     if length > 0 then
@@ -23,11 +23,14 @@ function envoy_on_response(handle)
       end
       local text = chunk:getBytes(0, length)
       if streamed then
-        local _, at = string.find(text, "data: ", 1, true)
+        -- With the line break before it, and the end of the last chunk, in which a mark may have begun.
+        local lines = cut .. text
+        local _, at = string.find(lines, "\ndata: ", 1, true)
         while at do
           events = events + 1
-          _, at = string.find(text, "data: ", at, true)
+          _, at = string.find(lines, "\ndata: ", at, true)
         end
+        cut = string.sub(lines, -6)
       end
       if length >= TAIL_BYTES then
         tail = string.sub(text, -TAIL_BYTES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from llmd_sched.extproc.messages import whole_number
 from llmd_sched.headers import CONTENT_TYPE
 from llmd_sched.parsers.openai import usage_in_tail
 from llmd_sched.types import End, Outcome
@@ -11,7 +12,8 @@ from llmd_sched.types import End, Outcome
 TAIL_BYTES = 2048
 """Kept of the end of a reply: ``usage`` ends a whole reply, and is a stream's second to last event."""
 
-EVENT_MARK = b"data: "
+EVENT_MARK = b"\ndata: "
+"""Starts an event; with its line break, because a text may contain the word, and JSON has no raw line breaks."""
 DONE_MARK = b"data: [DONE]"
 
 
@@ -26,10 +28,11 @@ class ReplyReader:
         self._tail = b""
         self._bytes = 0
         self._events = 0
+        self._cut = b"\n"
+        """The end of the last chunk, in which a mark may have begun. A reply starts like a line."""
 
     def headers(self, headers: Mapping[str, str]) -> None:
-        status = headers.get(":status", "")
-        self._status = int(status) if status.isdigit() else 0
+        self._status = whole_number(headers.get(":status", "")) or 0
         self._streaming = "text/event-stream" in headers.get(CONTENT_TYPE, "")
 
     def body(self, chunk: bytes, now_s: float) -> bool:
@@ -40,7 +43,9 @@ class ReplyReader:
         self._bytes += len(chunk)
         self._tail = (self._tail + chunk)[-TAIL_BYTES:]
         if self._streaming:
-            self._events += chunk.count(EVENT_MARK)
+            text = self._cut + chunk
+            self._events += text.count(EVENT_MARK)
+            self._cut = text[1 - len(EVENT_MARK) :]
         return first and self._streaming and self._status == 200
 
     def outcome(self, end: End, now_s: float) -> Outcome:
@@ -64,19 +69,19 @@ def read_outcome(
     first_ms: float | None,
     e2e_ms: float,
     tail: bytes,
-    events: int,
+    events: int | None,
     response_bytes: int,
 ) -> Outcome:
-    """Both paths end here: token counts from ``usage`` in the tail, else one token per event."""
+    """Both paths end here: token counts from ``usage`` in the tail, else one token per event (None: not counted)."""
     usage = usage_in_tail(tail)
     tokens = usage.output if usage else None
-    if tokens is None and streamed and status == 200:
+    if tokens is None and events is not None and streamed and status == 200:
         tokens = max(0, events - (DONE_MARK in tail))
     return Outcome(
         end=end,
         status=status,
         ttft_ms=first_ms if streamed else None,
-        e2e_ms=e2e_ms,
+        e2e_ms=max(0.0, e2e_ms),
         prompt_tokens=usage.prompt if usage else None,
         cached_tokens=usage.cached if usage else None,
         output_tokens=tokens,

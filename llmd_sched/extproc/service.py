@@ -67,7 +67,7 @@ class EndpointPicker:
             body = with_model(body, request.target_model)
         series = self._series(request)
         series.requests.inc()
-        series.size_bytes.observe(len(body))
+        series.size_bytes.observe(request.size_bytes)
         began_s = time.perf_counter()
         try:
             decision = self.router.choose(request, route.subset, self.clock())

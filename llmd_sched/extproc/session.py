@@ -76,6 +76,7 @@ class Session:
         self._honour_subset = honour_subset
         self._emit_scores = emit_scores
         self._first = True
+        self._has_headers = False
         self._headers: dict[str, str] = {}
         self._request_id = ""
         self._chunks: list[bytes] = []
@@ -109,13 +110,14 @@ class Session:
             )
 
     def _request_headers(self, message: ext_proc_pb2.ProcessingRequest, now_s: float) -> list[Event]:
+        if self._has_headers or self._route_asked:
+            return []
+        self._has_headers = True
         received = message.request_headers
         self._headers = messages.header_map(received.headers)
         if received.end_of_stream:
             return [self._ask_route(message, None)]
-        declared = self._headers.get(names.CONTENT_LENGTH, "")
-        if declared.isdigit():
-            self._check_size(int(declared))
+        self._check_size(messages.whole_number(self._headers.get(names.CONTENT_LENGTH, "")) or 0)
         if self.path is Path.LEAN:
             return [ProcessingResponse(request_headers=ext_proc_pb2.HeadersResponse())]
         return []
@@ -152,7 +154,7 @@ class Session:
         """The replies that send the request on. ``body`` is what goes upstream."""
         destination = ",".join(e.hostport for e in decision.picked)
         headers = {names.DESTINATION: destination}
-        if names.REQUEST_ID not in self._headers:
+        if not self._headers.get(names.REQUEST_ID):
             headers[names.REQUEST_ID] = decision.request.id
         if self.path is Path.DUPLEX or body_changed:
             headers[names.CONTENT_LENGTH] = str(len(body))
@@ -177,7 +179,7 @@ class Session:
     def routed_blindly(self, endpoint: Endpoint, request_id: str) -> list[Event]:
         """The reply for a request without a body; nobody follows what becomes of it."""
         headers = {names.DESTINATION: endpoint.hostport}
-        if names.REQUEST_ID not in self._headers:
+        if not self._headers.get(names.REQUEST_ID):
             headers[names.REQUEST_ID] = request_id
         reply = ext_proc_pb2.HeadersResponse(response=messages.routing(messages.set_headers(headers)))
         metadata = messages.decision_metadata(endpoint.hostport, None, emit_scores=False)
