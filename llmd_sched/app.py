@@ -36,7 +36,8 @@ from llmd_sched.pool.pool import Pool
 from llmd_sched.pool.scrape import Scraper
 from llmd_sched.predict.producer import PredictedLatency
 from llmd_sched.predict.trainer import TrainerProcess
-from llmd_sched.prefix.hashing import xxh64
+from llmd_sched.prefix.approx import MIN_BLOCK_TOKENS
+from llmd_sched.prefix.hashing import block_hashes
 from llmd_sched.router import Router
 from llmd_sched.telemetry import Gauge, Telemetry
 
@@ -113,7 +114,7 @@ class Scheduler:
 
     def _warm_up(self) -> None:
         """Compile the kernels now rather than during the first request."""
-        xxh64(b"warm up")
+        block_hashes(b"warm up", "", MIN_BLOCK_TOKENS, 1)
         for producer in self.router.producers:
             if isinstance(producer, PredictedLatency):
                 producer.warm_up()
