@@ -6,6 +6,7 @@ A mistake of the user's ends in one line on standard error and exit status 1 (2 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -141,24 +142,33 @@ def _envoy_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--scheduler", default="127.0.0.1:9002", metavar="HOST:PORT", help="ext_proc (%(default)s)")
     p.add_argument("--plain", action="store_true", help="no TLS to the scheduler (--secure-serving=false)")
     p.add_argument("--fail-open", action="store_true", help="let requests pass when the scheduler is away")
+    p.add_argument("--fallback", action="append", default=[], metavar="HOST:PORT",
+                   help="with --fail-open: a model server to use then; may be given several times")  # fmt: skip
     p.add_argument("--admin-port", type=int, default=19000, help="0: no admin interface (%(default)s)")
     p.add_argument("--max-request-body-bytes", type=int, default=8 << 20, metavar="N", help="as the scheduler's")
+
+
+def _host_port(text: str, flag: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
+        raise ConfigError(f"{text!r} is not HOST:PORT", flag)
+    return host.strip("[]"), int(port)
 
 
 def _envoy_config(args: argparse.Namespace) -> int:
     from llmd_sched.extproc.envoy import EnvoySettings, render
 
-    host, _, port = args.listen.rpartition(":")
-    scheduler_host, _, scheduler_port = args.scheduler.rpartition(":")
-    for flag, text in (("--listen", port), ("--scheduler", scheduler_port)):
-        if not text.isdigit():
-            raise ConfigError("must be HOST:PORT", flag)
+    host, port = _host_port(args.listen, "--listen")
+    scheduler_host, scheduler_port = _host_port(args.scheduler, "--scheduler")
+    if args.fallback and not args.fail_open:
+        raise ConfigError("means nothing without --fail-open", "--fallback")
     settings = EnvoySettings(
         path=args.path,
-        listen_host=host.strip("[]"),
-        listen_port=int(port),
-        scheduler_host=scheduler_host.strip("[]"),
-        scheduler_port=int(scheduler_port),
+        listen_host=host,
+        listen_port=port,
+        scheduler_host=scheduler_host,
+        scheduler_port=scheduler_port,
+        fallback=tuple(_host_port(text, "--fallback") for text in args.fallback),
         scheduler_tls=not args.plain,
         fail_open=args.fail_open,
         admin_port=args.admin_port,

@@ -16,7 +16,7 @@ from llmd_sched import headers as names
 from llmd_sched.extproc.reply import TAIL_BYTES
 
 _TYPE = "type.googleapis.com/"
-LB_CLUSTER, SCHED_CLUSTER = "model_servers", "scheduler"
+LB_CLUSTER, SCHED_CLUSTER, FALLBACK_CLUSTER = "model_servers", "scheduler", "fallback"
 EXT_PROC_SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
 
 
@@ -33,7 +33,9 @@ class EnvoySettings(msgspec.Struct, frozen=True, kw_only=True):
     scheduler_port: int = 9002
     scheduler_tls: bool = False
     fail_open: bool = False
-    """Let requests pass when the scheduler cannot be asked; without a destination they get Envoy's own 503."""
+    """Let requests pass when the scheduler cannot be asked: to ``fallback`` in turn, or to Envoy's own 503 without."""
+    fallback: tuple[tuple[str, int], ...] = ()
+    """(host, port) of model servers that may be used without being chosen."""
     max_body_bytes: int = 8 << 20
     message_timeout_s: float = 1000.0
     access_log_flush_s: float = 0.05
@@ -44,7 +46,7 @@ def bootstrap(settings: EnvoySettings) -> dict[str, Any]:
     document: dict[str, Any] = {
         "static_resources": {
             "listeners": [_listener(settings)],
-            "clusters": [_routing_cluster(settings), _scheduler_cluster(settings)],
+            "clusters": _clusters(settings),
         },
         "node": {"id": "llmd-envoy", "cluster": "llmd"},
         "overload_manager": {
@@ -83,8 +85,18 @@ def _listener(settings: EnvoySettings) -> dict[str, Any]:
         "common_http_protocol_options": {"headers_with_underscores_action": "REJECT_REQUEST"},
         "http2_protocol_options": {"max_concurrent_streams": 100},
         "route_config": {
-            "virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [_route()]}],
+            "virtual_hosts": [{"name": "all", "domains": ["*"], "routes": _routes(settings)}],
         },
+        # The destination is ours to say: left in, a client could have Envoy connect to any address it can reach.
+        "early_header_mutation_extensions": [
+            {
+                "name": "envoy.http.early_header_mutation.header_mutation",
+                "typed_config": {
+                    "@type": _TYPE + "envoy.extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation",
+                    "mutations": [{"remove": names.DESTINATION}],
+                },
+            }
+        ],
         "http_filters": _http_filters(settings),
     }
     if settings.path == "lean":
@@ -104,8 +116,33 @@ def _buffer_limit(settings: EnvoySettings) -> int:
     return settings.max_body_bytes + 65536 if settings.path == "lean" else 1 << 20
 
 
-def _route() -> dict[str, Any]:
-    return {"match": {"prefix": "/"}, "route": {"cluster": LB_CLUSTER, "timeout": "86400s", "idle_timeout": "86400s"}}
+def _routes(settings: EnvoySettings) -> list[dict[str, Any]]:
+    """Chosen requests go where they were sent. The route is looked up again once the scheduler has answered."""
+    limits = {"timeout": "86400s", "idle_timeout": "86400s"}
+    chosen: dict[str, Any] = {"match": {"prefix": "/"}, "route": {"cluster": LB_CLUSTER, **limits}}
+    if not settings.fallback:
+        return [chosen]
+    chosen["match"]["headers"] = [{"name": names.DESTINATION, "present_match": True}]
+    return [chosen, {"match": {"prefix": "/"}, "route": {"cluster": FALLBACK_CLUSTER, **limits}}]
+
+
+def _clusters(settings: EnvoySettings) -> list[dict[str, Any]]:
+    clusters = [_routing_cluster(settings), _scheduler_cluster(settings)]
+    if settings.fallback:
+        clusters.append(
+            {
+                "name": FALLBACK_CLUSTER,
+                "type": "STRICT_DNS",
+                "connect_timeout": "5s",
+                "load_assignment": _assignment(FALLBACK_CLUSTER, settings.fallback),
+            }
+        )
+    return clusters
+
+
+def _assignment(cluster: str, addresses: tuple[tuple[str, int], ...]) -> dict[str, Any]:
+    endpoints = [{"endpoint": {"address": _address(host, port)}} for host, port in addresses]
+    return {"cluster_name": cluster, "endpoints": [{"lb_endpoints": endpoints}]}
 
 
 def _http_filters(settings: EnvoySettings) -> list[dict[str, Any]]:
@@ -233,22 +270,14 @@ def _scheduler_cluster(settings: EnvoySettings) -> dict[str, Any]:
                 "interval": "10s",
                 "no_traffic_interval": "1s",
                 "unhealthy_interval": "0.5s",
+                "healthy_edge_interval": "0.25s",
                 "unhealthy_threshold": 3,
                 "healthy_threshold": 2,
                 "grpc_health_check": {"service_name": EXT_PROC_SERVICE},
             }
         ],
         "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
-        "load_assignment": {
-            "cluster_name": SCHED_CLUSTER,
-            "endpoints": [
-                {
-                    "lb_endpoints": [
-                        {"endpoint": {"address": _address(settings.scheduler_host, settings.scheduler_port)}}
-                    ]
-                }
-            ],
-        },
+        "load_assignment": _assignment(SCHED_CLUSTER, ((settings.scheduler_host, settings.scheduler_port),)),
     }
     if settings.scheduler_tls:
         cluster["transport_socket"] = {

@@ -97,12 +97,7 @@ class World:
             scheduler_port=self.grpc, scheduler_tls=self.tls, **fields,
         )  # fmt: skip
         config = self.folder / f"{name}.json"
-        doc = json.loads(render(settings))  # TEMPORARY
-        if self.tls:
-            doc["static_resources"]["clusters"][1]["transport_socket"]["typed_config"]["common_tls_context"] = {
-                "alpn_protocols": ["h2"]
-            }
-        config.write_text(json.dumps(doc))
+        config.write_text(render(settings))
         arguments = ["-c", str(config), "--concurrency", "1", "-l", "warning", "--disable-hot-restart"]
         child = await self.stack.start(name, [str(envoy_binary()), *arguments])
         await wait_http(f"http://127.0.0.1:{admin}/ready", child)

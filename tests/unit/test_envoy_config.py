@@ -130,7 +130,7 @@ def test_the_scheduler_is_health_checked_by_the_name_it_answers(path: str) -> No
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_scheduler_that_is_back_is_used_again_within_a_second(path: str) -> None:
-    """Of two good checks the second comes after ``healthy_edge_interval``, which is ``interval``, 10 s, when not given."""
+    """Of two good checks the second waits for ``healthy_edge_interval``: ``interval``, so 10 s, when not given."""
     (check,) = cluster(document(path), "scheduler")["health_checks"]
     waits_s = [float(check[k].removesuffix("s")) for k in ("unhealthy_interval", "healthy_edge_interval")]
     assert sum(waits_s) * check["healthy_threshold"] / 2 <= 1.0
