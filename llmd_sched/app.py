@@ -104,7 +104,10 @@ class Scheduler:
         await self._start_pool()
         await self._start_grpc()
         self.telemetry.pull(self._gauges)
-        metrics, thread = start_http_server(settings.metrics_port, settings.host, self.telemetry.registry)
+        try:
+            metrics, thread = start_http_server(settings.metrics_port, settings.host, self.telemetry.registry)
+        except OSError as e:
+            raise OSError(f"cannot listen on {settings.host}:{settings.metrics_port}: {e.strerror}") from None
         self._stack.callback(thread.join, 2.0)
         self._stack.callback(metrics.server_close)
         self._stack.callback(metrics.shutdown)
@@ -140,6 +143,7 @@ class Scheduler:
     async def _start_grpc(self) -> None:
         settings = self.settings
         server = aio.server(options=settings.server.grpc_options)
+        self._stack.push_async_callback(server.stop, 1.0)
         self.ext_proc.add_to(server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         address = f"{settings.host}:{settings.grpc_port}"
@@ -148,11 +152,10 @@ class Scheduler:
             _bound(server.add_secure_port, address, credentials)
         else:
             _bound(server.add_insecure_port, address)
-        health = aio.server()
+        health = aio.server(options=[("grpc.so_reuseport", 0)])
+        self._stack.push_async_callback(health.stop, 0.5)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, health)
         _bound(health.add_insecure_port, f"{settings.host}:{settings.health_port}")
-        self._stack.push_async_callback(health.stop, 0.5)
-        self._stack.push_async_callback(server.stop, 1.0)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await server.start()
         await health.start()

@@ -84,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(tempfile.mkdtemp(prefix="llmd-sched-"))
     try:
         failed = uvloop.run(_run(args, items, folder))
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
     except BaseException:
         sys.stderr.write(f"logs of all processes: {folder}\n")
         raise

@@ -19,6 +19,7 @@ from llmd_sched.extproc.accesslog import read_entry
 from llmd_sched.extproc.messages import ProcessingRequest, ProcessingResponse
 from llmd_sched.extproc.service import EndpointPicker
 from llmd_sched.extproc.session import Ended, Event, FirstToken, Path, Route, Session
+from llmd_sched.types import End, Outcome
 from llmd_sched.wire import als_pb2
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class ExtProcServer:
             while not stream.session.done and (message := await context.read()) is not aio.EOF:
                 for reply in stream.receive(message):
                     await context.write(reply)
+                stream.delivered = True
         finally:
             self.open_streams -= 1
             stream.closed()
@@ -106,8 +108,11 @@ class _Stream:
         self.picker = picker
         self.session = session
         self.ticket: str | None = None
+        self.delivered = True
+        """Envoy has all our replies so far."""
 
     def receive(self, message: ProcessingRequest) -> list[ProcessingResponse]:
+        self.delivered = False
         return self._replies(self.session.receive(message, self.picker.clock()))
 
     def _replies(self, events: list[Event]) -> list[ProcessingResponse]:
@@ -142,3 +147,6 @@ class _Stream:
     def closed(self) -> None:
         """Exactly once, whatever happened: an open request that nobody will report on is given back now."""
         self._replies(self.session.peer_closed(self.picker.clock()))
+        if self.ticket is not None and self.session.path is Path.LEAN and not self.delivered:
+            # Envoy never saw the ticket, so no access-log entry will carry it.
+            self.picker.finish(self.ticket, Outcome(end=End.ABORTED))

@@ -149,7 +149,7 @@ def test_an_address_must_be_host_and_port(capsys: pytest.CaptureFixture[str], fl
     assert main(["envoy-config", flag, value]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err == f"llmd-sched envoy-config: {flag}: must be HOST:PORT\n"
+    assert printed.err == f"llmd-sched envoy-config: {flag}: {value!r} is not HOST:PORT\n"
 
 
 # --- the command line itself ------------------------------------------------------------------------------------------

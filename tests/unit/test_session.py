@@ -13,6 +13,7 @@ from llmd_sched import errors
 from llmd_sched.extproc.session import Ended, Event, FirstToken, Path, Route, Session
 from llmd_sched.types import Decision, End, Endpoint, Outcome, Prediction, Request
 from llmd_sched.wire import core_pb2, ext_proc_pb2, processing_mode_pb2
+from tests.builders import fuzzed
 
 Message = ext_proc_pb2.ProcessingRequest
 Reply = ext_proc_pb2.ProcessingResponse
@@ -904,6 +905,7 @@ def any_message(draw: st.DrawFn) -> Message:
     return message
 
 
+@fuzzed
 @given(
     messages=st.lists(any_message(), max_size=12),
     mode=st.sampled_from([None, LEAN, DUPLEX, "NONE"]),
