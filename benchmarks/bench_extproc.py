@@ -55,7 +55,7 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("small", SMALL_TOKENS, 1, 100, 6),
+    Case("small", SMALL_TOKENS, 1, 200, 6),
     Case("small_10_tokens", SMALL_TOKENS, 10, 15, 6),
     Case("small_1000_tokens", SMALL_TOKENS, 1000, 15, 8),
     Case("large", LARGE_TOKENS, 1, 50, 5),

@@ -274,7 +274,7 @@ async def test_a_client_that_leaves_frees_what_its_request_held(stream: bool) ->
 async def eventually(condition: Callable[[], bool]) -> None:
     """Wait for it; the bound is only there so that a failure ends."""
     async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 - the engine offers no event to wait for
+        while not condition():
             await asyncio.sleep(0.005)
 
 

@@ -32,7 +32,7 @@ def samples(count: int, slowdown: float = 1.0) -> list[Sample]:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE_S):
-        while not condition():  # noqa: ASYNC110 - the condition is another process
+        while not condition():
             await asyncio.sleep(0.01)
 
 
