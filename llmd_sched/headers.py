@@ -33,6 +33,9 @@ BODY_EVENTS = "events"
 BODY_TAIL = "tail"
 STREAMED = "streamed"
 
+READ = (*PATHS, REQUEST_ID, *FAIRNESS_ID, *OBJECTIVE, *MODEL_REWRITE, *TTFT_SLO_MS, *TPOT_SLO_MS)
+"""Request headers the scheduler looks at; where it is not sent all headers, it is sent these."""
+
 SYSTEM_OWNED = frozenset(
     (
         *(DESTINATION, DESTINATION_SERVED, DESTINATION_SUBSET, DESTINATION_SCORES, DROPPED_REASON, CONTENT_LENGTH),

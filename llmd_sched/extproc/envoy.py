@@ -2,6 +2,11 @@
 
 Numbers come from the contract (routing cluster, health checks) and from what the lean path needs: BUFFERED answers
 413 beyond the connection's buffer limit, so that limit follows the largest body the scheduler accepts.
+
+On the lean path a request with a body of known length costs one message each way: its headers are not sent, the few
+that matter ride along with the body as attributes. Envoy then applies no header mutation, so the destination is read
+from the dynamic metadata, and a buffer filter behind ext_proc holds the headers back until the body is answered. All
+other requests (no body, unknown length, a model to be rewritten) send their headers too.
 """
 
 from __future__ import annotations
@@ -13,10 +18,12 @@ from typing import Any
 import msgspec
 
 from llmd_sched import headers as names
+from llmd_sched.extproc.messages import ATTRIBUTES
 from llmd_sched.extproc.reply import TAIL_BYTES
 
 _TYPE = "type.googleapis.com/"
 LB_CLUSTER, SCHED_CLUSTER, FALLBACK_CLUSTER = "model_servers", "scheduler", "fallback"
+EXT_PROC_FILTER = "envoy.filters.http.ext_proc"
 EXT_PROC_SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
 
 
@@ -79,7 +86,8 @@ def _listener(settings: EnvoySettings) -> dict[str, Any]:
     manager = {
         "@type": _TYPE + "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": "inference",
-        "generate_request_id": False,
+        "generate_request_id": True,
+        "preserve_external_request_id": True,
         "stream_idle_timeout": "86400s",
         "request_timeout": "86400s",
         "common_http_protocol_options": {"headers_with_underscores_action": "REJECT_REQUEST"},
@@ -121,9 +129,25 @@ def _routes(settings: EnvoySettings) -> list[dict[str, Any]]:
     limits = {"timeout": "86400s", "idle_timeout": "86400s"}
     chosen: dict[str, Any] = {"match": {"prefix": "/"}, "route": {"cluster": LB_CLUSTER, **limits}}
     if not settings.fallback:
-        return [chosen]
+        return [_body_only(chosen), chosen] if settings.path == "lean" else [chosen]
     chosen["match"]["headers"] = [{"name": names.DESTINATION, "present_match": True}]
     return [chosen, {"match": {"prefix": "/"}, "route": {"cluster": FALLBACK_CLUSTER, **limits}}]
+
+
+def _body_only(route: dict[str, Any]) -> dict[str, Any]:
+    """The same route for requests whose body alone tells enough: POST, of known length, no model to rewrite."""
+    matches: list[dict[str, Any]] = [
+        {"name": ":method", "string_match": {"exact": "POST"}},
+        {"name": names.CONTENT_LENGTH, "range_match": {"start": 1, "end": 1 << 40}},
+    ]
+    matches += [{"name": name, "present_match": True, "invert_match": True} for name in names.MODEL_REWRITE]
+    overrides = {"processing_mode": {**_LEAN_MODE, "request_header_mode": "SKIP"}}
+    per_route = {"@type": _TYPE + "envoy.extensions.filters.http.ext_proc.v3.ExtProcPerRoute", "overrides": overrides}
+    return {
+        **route,
+        "match": {"prefix": "/", "headers": matches},
+        "typed_per_filter_config": {EXT_PROC_FILTER: per_route},
+    }
 
 
 def _clusters(settings: EnvoySettings) -> list[dict[str, Any]]:
@@ -149,7 +173,7 @@ def _http_filters(settings: EnvoySettings) -> list[dict[str, Any]]:
     """In request order; a reply passes them backwards, so Lua sees it before anything else could delay it."""
     filters = [_ext_proc(settings)]
     if settings.path == "lean":
-        filters.append(_lua())
+        filters += [_buffer(settings), _lua()]
     filters.append(
         {
             "name": "envoy.filters.http.router",
@@ -162,38 +186,52 @@ def _http_filters(settings: EnvoySettings) -> list[dict[str, Any]]:
     return filters
 
 
+_LEAN_MODE = {
+    "request_header_mode": "SEND",
+    "request_body_mode": "BUFFERED",
+    "request_trailer_mode": "SKIP",
+    "response_header_mode": "SKIP",
+    "response_body_mode": "NONE",
+    "response_trailer_mode": "SKIP",
+}
+_DUPLEX_MODE = {
+    "request_header_mode": "SEND",
+    "request_body_mode": "FULL_DUPLEX_STREAMED",
+    "request_trailer_mode": "SEND",
+    "response_header_mode": "SEND",
+    "response_body_mode": "FULL_DUPLEX_STREAMED",
+    "response_trailer_mode": "SEND",
+}
+
+
 def _ext_proc(settings: EnvoySettings) -> dict[str, Any]:
-    lean = {
-        "request_header_mode": "SEND",
-        "request_body_mode": "BUFFERED",
-        "request_trailer_mode": "SKIP",
-        "response_header_mode": "SKIP",
-        "response_body_mode": "NONE",
-        "response_trailer_mode": "SKIP",
-    }
-    duplex = {
-        "request_header_mode": "SEND",
-        "request_body_mode": "FULL_DUPLEX_STREAMED",
-        "request_trailer_mode": "SEND",
-        "response_header_mode": "SEND",
-        "response_body_mode": "FULL_DUPLEX_STREAMED",
-        "response_trailer_mode": "SEND",
-    }
+    lean = settings.path == "lean"
     timeout = f"{settings.message_timeout_s:g}s"
     return {
-        "name": "envoy.filters.http.ext_proc",
+        "name": EXT_PROC_FILTER,
         "typed_config": {
             "@type": _TYPE + "envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor",
             "grpc_service": {"envoy_grpc": {"cluster_name": SCHED_CLUSTER}, "timeout": "10s"},
             "failure_mode_allow": settings.fail_open,
             "message_timeout": timeout,
             "max_message_timeout": timeout,
-            "processing_mode": lean if settings.path == "lean" else duplex,
+            "processing_mode": _LEAN_MODE if lean else _DUPLEX_MODE,
+            "request_attributes": list(ATTRIBUTES.values()) if lean else [],
             "metadata_options": {
                 "forwarding_namespaces": {"untyped": [names.NAMESPACE_SUBSET]},
                 "receiving_namespaces": {"untyped": [names.NAMESPACE_LB, names.NAMESPACE_OURS]},
             },
             "mutation_rules": {"allow_all_routing": True},
+        },
+    }
+
+
+def _buffer(settings: EnvoySettings) -> dict[str, Any]:
+    return {
+        "name": "envoy.filters.http.buffer",
+        "typed_config": {
+            "@type": _TYPE + "envoy.extensions.filters.http.buffer.v3.Buffer",
+            "max_request_bytes": settings.max_body_bytes,
         },
     }
 
@@ -233,7 +271,7 @@ def _routing_cluster(settings: EnvoySettings) -> dict[str, Any]:
         "lb_policy": "CLUSTER_PROVIDED",
         "connect_timeout": "5s",
         "per_connection_buffer_limit_bytes": _buffer_limit(settings),
-        "original_dst_lb_config": {"use_http_header": True, "http_header_name": names.DESTINATION},
+        "original_dst_lb_config": _destination(settings),
         "circuit_breakers": {
             "thresholds": [
                 {
@@ -245,6 +283,13 @@ def _routing_cluster(settings: EnvoySettings) -> dict[str, Any]:
             ]
         },
     }
+
+
+def _destination(settings: EnvoySettings) -> dict[str, Any]:
+    """Where Envoy reads the chosen ``ip:port``: header and metadata say the same, and only metadata always arrives."""
+    if settings.path == "lean":
+        return {"metadata_key": {"key": names.NAMESPACE_LB, "path": [{"key": names.DESTINATION}]}}
+    return {"use_http_header": True, "http_header_name": names.DESTINATION}
 
 
 def _scheduler_cluster(settings: EnvoySettings) -> dict[str, Any]:

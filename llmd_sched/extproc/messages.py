@@ -23,6 +23,21 @@ def header_map(received: core_pb2.HeaderMap) -> dict[str, str]:
     return {h.key.lower(): h.raw_value.decode("utf-8", "replace") or h.value for h in received.headers}
 
 
+ATTRIBUTES = {":path": "request.path"} | {n: f"request.headers['{n}']" for n in names.READ if n != ":path"}
+"""Header -> the Envoy attribute (a CEL expression) that carries it when the headers themselves are not sent."""
+
+_HEADER_OF = {attribute: header for header, attribute in ATTRIBUTES.items()}
+_ATTRIBUTES_KEY = "envoy.filters.http.ext_proc"
+
+
+def attribute_map(message: ext_proc_pb2.ProcessingRequest) -> dict[str, str]:
+    """The headers that came as attributes; absent ones are not there."""
+    if _ATTRIBUTES_KEY not in message.attributes:
+        return {}
+    fields = message.attributes[_ATTRIBUTES_KEY].fields
+    return {_HEADER_OF[name]: value.string_value for name, value in fields.items() if name in _HEADER_OF}
+
+
 def whole_number(text: str) -> int | None:
     """A header's decimal number; None when it is not one of at most 18 plain digits."""
     return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None

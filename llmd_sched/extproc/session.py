@@ -4,9 +4,10 @@ One stream is one HTTP request. Envoy says in the first message how it will send
 
 Lean (request BUFFERED, response not sent)
 
-    request_headers    -> an empty reply, or Route when there is no body
-    request_body       -> Route; when routed, a header mutation in the body reply. Nothing follows: what became of
-                          the request comes with the access log.
+    request_headers    -> an empty reply, or Route when there is no body. May be left out: then the few headers we
+                          read come as attributes with the body, which saves half the messages.
+    request_body       -> Route; when routed, the destination as header mutation and metadata in the body reply.
+                          Nothing follows: what became of the request comes with the access log.
 
 Duplex (both bodies FULL_DUPLEX_STREAMED; also assumed when Envoy does not say)
 
@@ -38,6 +39,11 @@ from llmd_sched.types import Decision, End, Endpoint, Outcome
 from llmd_sched.wire import ext_proc_pb2, processing_mode_pb2
 
 _Mode = processing_mode_pb2.ProcessingMode
+
+
+_CANNOT_REWRITE = (
+    "the model name is to be rewritten, which changes content-length; send such requests with request_header_mode SEND"
+)
 
 
 class Path(enum.Enum):
@@ -125,6 +131,8 @@ class Session:
     def _request_body(self, message: ext_proc_pb2.ProcessingRequest, now_s: float) -> list[Event]:
         if self._route_asked:
             return []
+        if not self._has_headers:
+            self._headers = messages.attribute_map(message)
         chunk = message.request_body
         body = chunk.body  # every look at the field makes a copy
         self._size_bytes += len(body)
@@ -152,6 +160,8 @@ class Session:
 
     def routed(self, decision: Decision, body: bytes, now_s: float, *, body_changed: bool = False) -> list[Event]:
         """The replies that send the request on. ``body`` is what goes upstream."""
+        if body_changed and not self._has_headers:
+            return self.refused(UnsupportedMode(_CANNOT_REWRITE))
         destination = ",".join(e.hostport for e in decision.picked)
         headers = {names.DESTINATION: destination}
         if not self._headers.get(names.REQUEST_ID):

@@ -280,7 +280,7 @@ class Echo:
     """A model server that tells what reached it, behind a scheduler and an Envoy of its own."""
 
     def __init__(self) -> None:
-        self.url = ""
+        self.url = self.path = ""
         self.runner: web.AppRunner
         self.http: aiohttp.ClientSession
         self.scheduler: Scheduler
@@ -362,6 +362,7 @@ async def echo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     endpoints = folder / "endpoints.yaml"
     endpoints.write_text(f"endpoints: [{{name: echo, address: 127.0.0.1, port: {engine}}}]\n")
     made = Echo()
+    made.path = request.param
     made.runner = await echo_server(engine)
     made.url = f"http://127.0.0.1:{listen}"
     made.scheduler = Scheduler(
@@ -424,7 +425,7 @@ async def test_a_client_cannot_choose_its_destination(echo: Echo) -> None:
     elsewhere = "127.0.0.1:1"
     status, seen, _ = await echo.post([("x-gateway-destination-endpoint", elsewhere)] * 2)
     assert status == 200
-    assert len(seen.all("x-gateway-destination-endpoint")) == 1
+    assert len(seen.all("x-gateway-destination-endpoint")) == (1 if echo.path == "duplex" else 0)
     assert elsewhere not in seen.all("x-gateway-destination-endpoint")
     async with echo.http.get(f"{echo.url}/v1/models", headers={"x-gateway-destination-endpoint": elsewhere}) as reply:
         assert reply.status == 200
@@ -550,6 +551,26 @@ async def test_failing_open_envoy_has_nowhere_to_send_a_request(world: World, op
     assert told == ((503, "no healthy upstream") if world.path == "lean" else (500, ""))
     assert await world.succeeds(open_url)
     await world.idle()
+
+
+async def test_failing_open_with_a_fallback_requests_are_served_without_the_scheduler(world: World) -> None:
+    """Only a body in full duplex cannot: Envoy has to answer 500."""
+    listen, admin = free_ports(2)
+    fallback = tuple(("127.0.0.1", port) for port in world.engine_ports)
+    envoy = await world.start_envoy("envoy-fallback", listen, admin, fail_open=True, fallback=fallback)
+    url = f"http://127.0.0.1:{listen}"
+    try:
+        await until(lambda: world.succeeds(url), "the second Envoy never worked")
+        async with world.without_scheduler():
+            async with world.http.get(f"{url}/v1/models") as reply:
+                assert reply.status == 200
+            async with world.ask(url=url) as reply:
+                assert reply.status == (200 if world.path == "lean" else 500)
+        assert await world.succeeds(url)
+        await world.idle()
+    finally:
+        await stop(envoy)
+        world.forget(envoy)
 
 
 async def test_failing_open_no_client_chooses_its_destination(world: World, open_url: str) -> None:

@@ -75,7 +75,7 @@ def test_the_duplex_path_sends_everything() -> None:
 def test_only_the_lean_path_has_lua_and_an_access_log() -> None:
     lean = [f["name"].rpartition(".")[2] for f in manager(document("lean"))["http_filters"]]
     duplex = [f["name"].rpartition(".")[2] for f in manager(document("duplex"))["http_filters"]]
-    assert lean == ["ext_proc", "lua", "router"]
+    assert lean == ["ext_proc", "buffer", "lua", "router"]
     assert duplex == ["ext_proc", "router"]
     (log,) = manager(document("lean"))["access_log"]
     assert log["typed_config"]["common_config"]["grpc_service"]["envoy_grpc"]["cluster_name"] == "scheduler"
@@ -89,16 +89,42 @@ def test_the_lua_filter_is_the_shipped_source_with_its_tail_length() -> None:
     assert "function envoy_on_response(handle)" in rest
 
 
+DESTINATION = {
+    "lean": {"metadata_key": {"key": "envoy.lb", "path": [{"key": "x-gateway-destination-endpoint"}]}},
+    "duplex": {"use_http_header": True, "http_header_name": "x-gateway-destination-endpoint"},
+}
+
+
 @pytest.mark.parametrize("path", PATHS)
-def test_requests_go_where_the_destination_header_says(path: str) -> None:
+def test_requests_go_where_the_destination_says(path: str) -> None:
     routing = cluster(document(path), "model_servers")
     assert (routing["type"], routing["lb_policy"]) == ("ORIGINAL_DST", "CLUSTER_PROVIDED")
-    assert routing["original_dst_lb_config"] == {
-        "use_http_header": True,
-        "http_header_name": "x-gateway-destination-endpoint",
-    }
+    assert routing["original_dst_lb_config"] == DESTINATION[path]
     (host,) = manager(document(path))["route_config"]["virtual_hosts"]
-    assert [r["route"]["cluster"] for r in host["routes"]] == ["model_servers"]
+    assert {r["route"]["cluster"] for r in host["routes"]} == {"model_servers"}
+
+
+def test_on_the_lean_path_only_a_post_of_known_length_keeps_its_headers_back() -> None:
+    (host,) = manager(document("lean"))["route_config"]["virtual_hosts"]
+    short, other = host["routes"]
+    (override,) = short["typed_per_filter_config"].values()
+    assert override["overrides"]["processing_mode"]["request_header_mode"] == "SKIP"
+    matched = {m["name"]: m for m in short["match"]["headers"]}
+    assert matched[":method"]["string_match"] == {"exact": "POST"}
+    assert matched["content-length"]["range_match"]["start"] == 1
+    assert matched["x-llm-d-model-name-rewrite"]["invert_match"] is True
+    assert "typed_per_filter_config" not in other
+    assert other["match"] == {"prefix": "/"}
+
+
+def test_with_a_fallback_only_chosen_requests_go_to_the_routing_cluster() -> None:
+    doc = document("lean", fail_open=True, fallback=(("10.0.0.1", 8000), ("10.0.0.2", 8001)))
+    (host,) = manager(doc)["route_config"]["virtual_hosts"]
+    chosen, rest = host["routes"]
+    assert chosen["match"]["headers"] == [{"name": "x-gateway-destination-endpoint", "present_match": True}]
+    assert (chosen["route"]["cluster"], rest["route"]["cluster"]) == ("model_servers", "fallback")
+    endpoints = cluster(doc, "fallback")["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    assert [e["endpoint"]["address"]["socket_address"]["port_value"] for e in endpoints] == [8000, 8001]
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmd_sched import errors
+from llmd_sched.extproc.messages import ATTRIBUTES
 from llmd_sched.extproc.session import Ended, Event, FirstToken, Path, Route, Session
 from llmd_sched.types import Decision, End, Endpoint, Outcome, Prediction, Request
 from llmd_sched.wire import core_pb2, ext_proc_pb2, processing_mode_pb2
@@ -927,3 +928,32 @@ def test_no_order_of_messages_crashes_or_routes_or_ends_twice(
     assert driver.session.done
     refusals = [i for i, s in enumerate(driver.shapes) if s.startswith("refused")]
     assert len(refusals) <= 1
+
+
+# --- lean without the headers ----------------------------------------------------------------------------------------
+
+
+def body_with_attributes(body: bytes, **attributes: str) -> Message:
+    message = with_mode(request_body(body, end=True), LEAN)
+    fields = message.attributes["envoy.filters.http.ext_proc"].fields
+    for header, attribute in ATTRIBUTES.items():
+        if header in attributes:
+            fields[attribute].string_value = attributes[header]
+    fields["request.something_else"].string_value = "ignored"
+    return message
+
+
+def test_headers_may_come_as_attributes_of_the_body() -> None:
+    sent = {":path": "/v1/completions", "x-request-id": "theirs", "x-llm-d-slo-ttft-ms": "200"}
+    driver = Driver().send(body_with_attributes(b"{}", **sent))
+    (route,) = driver.routes
+    assert (route.headers, route.body) == (sent, b"{}")
+    assert "x-request-id" not in set_by(reply_of(driver, "request_body"))
+    assert driver.session.done
+
+
+def test_without_its_headers_a_request_is_not_rewritten_but_refused() -> None:
+    driver = Driver(replaced=b'{"model":"another"}').send(body_with_attributes(b"{}"))
+    (reply,) = driver.replies
+    assert reply.immediate_response.status.code == 500
+    assert b"request_header_mode SEND" in reply.immediate_response.body
