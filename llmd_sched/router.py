@@ -14,8 +14,6 @@ import heapq
 from collections.abc import Collection, Sequence
 from random import Random
 
-import numpy as np
-
 from llmd_sched.errors import NoCandidates, NoEndpoints
 from llmd_sched.plugin import Producer
 from llmd_sched.pool.pool import Pool
@@ -130,9 +128,11 @@ class Router:
             ticket=f"{self._ticket_prefix}{self._tickets:x}",
             request=request,
             picked=tuple(endpoints[i] for i in picked.order),
-            scores={endpoints[i].hostport: float(s) for i, s in zip(picked.scored, picked.scores, strict=True)},
+            scores={
+                endpoints[i].hostport: s for i, s in zip(picked.scored.tolist(), picked.scores.tolist(), strict=True)
+            },
             prediction=next((p for p in predictions if p is not None), None),
-            explored=bool(picked.scores[np.flatnonzero(picked.scored == best)[0]] < picked.scores.max()),
+            explored=picked.explored,
             at_s=now_s,
         )
 

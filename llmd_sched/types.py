@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
+from functools import cache, cached_property
 
 import msgspec
 import numpy as np
@@ -42,7 +43,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int = 0
 
 
-class Endpoint(msgspec.Struct, frozen=True):
+class Endpoint(msgspec.Struct, frozen=True, dict=True):
     """One ``address:port`` of a model server. Its identity everywhere is ``namespace/name``."""
 
     name: str
@@ -52,11 +53,16 @@ class Endpoint(msgspec.Struct, frozen=True):
     namespace: str = "default"
     labels: Mapping[str, str] = msgspec.field(default_factory=dict)
 
-    @property
+    @cached_property
     def key(self) -> str:
         return f"{self.namespace}/{self.name}"
 
-    @property
+    @cached_property
+    def server(self) -> tuple[str, str]:
+        """Identity and address: one of the same name at another address is another server, which starts empty."""
+        return self.key, self.hostport
+
+    @cached_property
     def hostport(self) -> str:
         """``ip:port``, IPv6 in brackets: the value of the destination header."""
         return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
@@ -80,7 +86,7 @@ class Candidates:
     ) -> None:
         self.endpoints = endpoints
         self.columns = columns
-        self.index = np.arange(len(endpoints)) if index is None else index
+        self.index = _everyone(len(endpoints)) if index is None else index
 
     def __len__(self) -> int:
         return len(self.index)
@@ -106,6 +112,14 @@ class Candidates:
     def keep(self, mask: NDArray[np.bool_]) -> Candidates:
         """The view of the endpoints where ``mask`` (aligned with this view) is true."""
         return self if mask.all() else Candidates(self.endpoints, self.columns, self.index[mask])
+
+
+@cache
+def _everyone(count: int) -> NDArray[np.intp]:
+    """0 .. count - 1; shared, so not to be written to."""
+    index = np.arange(count)
+    index.setflags(write=False)
+    return index
 
 
 class Prediction(msgspec.Struct, frozen=True):

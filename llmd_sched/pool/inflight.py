@@ -63,11 +63,6 @@ class _Open:
         self.prefilling = True
 
 
-def _identity(endpoint: Endpoint) -> tuple[str, str]:
-    """One of the same name at another address is another server, and starts empty."""
-    return endpoint.key, endpoint.hostport
-
-
 class InFlightLoad(Producer):
     """The live counters.
 
@@ -84,10 +79,10 @@ class InFlightLoad(Producer):
         self._open: dict[str, _Open] = {}
 
     def endpoints_changed(self, endpoints: list[Endpoint]) -> None:
-        self._counters = {_identity(e): self._counters.get(_identity(e)) or _Counter() for e in endpoints}
+        self._counters = {e.server: self._counters.get(e.server) or _Counter() for e in endpoints}
 
     def produce(self, request: Request, candidates: Candidates, now_s: float) -> dict[str, Array]:
-        counters = [self._counters[_identity(e)] for e in candidates.endpoints]
+        counters = [self._counters[e.server] for e in candidates.endpoints]
         load = np.array(
             [(c.requests, c.charged_tokens, c.prefill_tokens, c.resident_tokens) for c in counters], dtype=np.float64
         )
@@ -111,7 +106,7 @@ class InFlightLoad(Producer):
         return np.minimum(missing + beyond, float(request.input_tokens))
 
     def chosen(self, decision: Decision, candidates: Candidates, position: int, now_s: float) -> None:
-        counter = self._counters[_identity(candidates.endpoints[position])]
+        counter = self._counters[candidates.endpoints[position].server]
         uncached = float(candidates.columns[f"uncached_tokens/{self.name}"][position])
         one = _Open(counter, uncached + self._output_tokens(decision.request), uncached, decision.request.input_tokens)
         counter.requests += 1

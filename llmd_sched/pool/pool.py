@@ -120,10 +120,11 @@ class Pool:
 
     def columns(self, now_s: float) -> dict[str, Array]:
         """Every column of every endpoint, pessimistic where nothing fresh is known. Not to be written to, nor kept."""
-        age_s = np.minimum(now_s - self._read_at_s, NEVER_READ_AGE_S)
+        age_s = now_s - self._read_at_s
         columns = {**self._columns, "metrics_age_s": age_s}
-        fresh = age_s <= self.stale_after_s
-        if not fresh.all():
+        if age_s.max(initial=0.0) > self.stale_after_s:
+            columns["metrics_age_s"] = np.minimum(age_s, NEVER_READ_AGE_S)
+            fresh = age_s <= self.stale_after_s
             for name in GAUGES:
                 values = self._columns[name]
                 columns[name] = np.where(fresh, values, np.maximum(values, self._worst(name, values, fresh)))

@@ -130,11 +130,6 @@ class ApproxPrefixCacheProducer(ProducerPlugin, frozen=True):
         return ApproxPrefixCache(name, self)
 
 
-def _identity(endpoint: Endpoint) -> tuple[str, str]:
-    """One of the same name at another address is another server, with another cache."""
-    return endpoint.key, endpoint.hostport
-
-
 class ApproxPrefixCache(Producer):
     """The live index. Columns: ``prefix_match_blocks``, ``prefix_total_blocks``, ``prefix_block_tokens``."""
 
@@ -142,19 +137,22 @@ class ApproxPrefixCache(Producer):
         super().__init__(name)
         self.params = params
         self.index = PrefixIndex()
+        self._match_column = f"prefix_match_blocks/{name}"
+        self._total_column = f"prefix_total_blocks/{name}"
+        self._block_column = f"prefix_block_tokens/{name}"
         self._ids: dict[tuple[str, str], int] = {}
         self._free_ids: list[int] = []
         self._last: tuple[Request, list[list[int]], int] | None = None
 
     def endpoints_changed(self, endpoints: list[Endpoint]) -> None:
-        keys = {_identity(e) for e in endpoints}
+        keys = {e.server for e in endpoints}
         for key in [k for k in self._ids if k not in keys]:
             endpoint = self._ids.pop(key)
             self.index.forget(endpoint)
             self._free_ids.append(endpoint)
         for e in endpoints:
-            if _identity(e) not in self._ids:
-                self._ids[_identity(e)] = self._free_ids.pop() if self._free_ids else len(self._ids)
+            if e.server not in self._ids:
+                self._ids[e.server] = self._free_ids.pop() if self._free_ids else len(self._ids)
 
     def produce(self, request: Request, candidates: Candidates, now_s: float) -> dict[str, Array]:
         block_tokens = self._block_tokens(candidates)
@@ -162,14 +160,13 @@ class ApproxPrefixCache(Producer):
         root = request.target_model + request.cache_salt
         chains = [block_hashes(p, root, block_tokens, limit).tolist() for p in request.prompts]
         self._last = (request, chains, block_tokens)
-        ids = [self._ids[_identity(e)] for e in candidates.endpoints]
-        match = np.zeros(len(ids))
-        for chain in chains:
-            match += self.index.match(chain, ids)
+        ids = [self._ids[e.server] for e in candidates.endpoints]
+        match = [float(sum(runs)) for runs in zip(*(self.index.match(chain, ids) for chain in chains), strict=True)]
+        total = float(sum(map(len, chains)))
         return {
-            f"prefix_match_blocks/{self.name}": match,
-            f"prefix_total_blocks/{self.name}": np.full(len(ids), float(sum(map(len, chains)))),
-            f"prefix_block_tokens/{self.name}": np.full(len(ids), float(block_tokens)),
+            self._match_column: np.array(match or [0.0] * len(ids)),
+            self._total_column: np.array([total] * len(ids)),
+            self._block_column: np.array([float(block_tokens)] * len(ids)),
         }
 
     def chosen(self, decision: Decision, candidates: Candidates, position: int, now_s: float) -> None:
@@ -177,7 +174,7 @@ class ApproxPrefixCache(Producer):
             return
         _, chains, block_tokens = self._last
         capacity = self._capacity_blocks(candidates, position, block_tokens)
-        endpoint = self._ids[_identity(candidates.endpoints[position])]
+        endpoint = self._ids[candidates.endpoints[position].server]
         for chain in chains:
             self.index.insert(chain, endpoint, capacity)
 

@@ -16,11 +16,12 @@ from llmd_sched.types import Array, Candidates, Request
 @dataclass(frozen=True, slots=True)
 class Picked:
     """What a profile decided. ``order`` are rows of the candidates' columns, best first; ``scores`` is aligned with
-    ``scored``, the rows that were left after the filters."""
+    ``scored``, the rows that were left after the filters. ``explored``: another one had a higher score."""
 
     order: NDArray[np.intp]
     scored: NDArray[np.intp]
     scores: Array
+    explored: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Profile:
                 raise NoneLeft("no endpoints available for the given request")
         scores = np.zeros(len(candidates))
         for scorer, weight in self.scorers:
-            scores += weight * np.clip(scorer.score(request, candidates), 0.0, 1.0)
+            scores += weight * np.minimum(np.maximum(scorer.score(request, candidates), 0.0), 1.0)
         order = self.picker.order(scores, rng)[: self.picker.max_num_of_endpoints]
-        return Picked(candidates.index[order], candidates.index, scores)
+        explored = bool(scores[order[0]] < scores.max())
+        return Picked(candidates.index[order], candidates.index, scores, explored)
