@@ -34,8 +34,7 @@ from llmd_sched.extproc.envoy import EnvoySettings, render
 from llmd_sched.load.client import replay
 from llmd_sched.load.report import Result
 from llmd_sched.load.workload import Item, Span
-from llmd_sched.local import CpuMeter
-from llmd_sched.stack import Stack, free_ports, wait_http
+from llmd_sched.stack import CpuMeter, Stack, free_ports, wait_http
 
 ENDPOINTS = 10
 SMALL_TOKENS, LARGE_TOKENS = 600, 50_000
@@ -56,9 +55,9 @@ class Case(NamedTuple):
 
 CASES = (
     Case("small", SMALL_TOKENS, 1, 200, 6),
-    Case("small_10_tokens", SMALL_TOKENS, 10, 15, 6),
+    Case("small_10_tokens", SMALL_TOKENS, 10, 15, 8),
     Case("small_1000_tokens", SMALL_TOKENS, 1000, 15, 8),
-    Case("large", LARGE_TOKENS, 1, 50, 5),
+    Case("large", LARGE_TOKENS, 1, 100, 5),
 )
 
 
@@ -99,7 +98,7 @@ class Bench:
         self.measured: dict[str, list[Measured]] = defaultdict(list)
         self.direct_ms: list[float] = []
 
-    async def idle(self, seconds: float = 3.0) -> None:
+    async def idle(self, seconds: float = 5.0) -> None:
         meter = CpuMeter(self.pid)
         await asyncio.sleep(seconds)
         self.idle_cores.append(meter.read()[0] / seconds)

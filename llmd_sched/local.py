@@ -32,7 +32,7 @@ from llmd_sched.load.report import Result
 from llmd_sched.load.traces import read_trace
 from llmd_sched.load.workload import Item, chat
 from llmd_sched.sim.steptime import PRESETS
-from llmd_sched.stack import Child, Stack, StackError, free_ports, wait_http
+from llmd_sched.stack import Child, CpuMeter, Stack, StackError, free_ports, wait_http
 
 DEFAULT_PRESET = "llama-3-8b-h100"
 OUTCOME_WAIT_S = 2.0
@@ -185,25 +185,6 @@ async def _start_engines(args: argparse.Namespace, stack: Stack, ports: list[int
     for child, port in zip(engines, ports, strict=True):
         await wait_http(f"http://127.0.0.1:{port}/health", child, VLLM_START_S if args.engine == "vllm" else 60.0)
     return engines, "tiny" if args.engine == "vllm" else PRESETS[args.preset].model
-
-
-class CpuMeter:
-    """CPU seconds of a process since now, and of its children (the trainer) apart."""
-
-    def __init__(self, pid: int) -> None:
-        import psutil
-
-        self._process = psutil.Process(pid)
-        self._start = self._now()
-
-    def _now(self) -> tuple[float, float]:
-        own = self._process.cpu_times()
-        children = [c.cpu_times() for c in self._process.children(recursive=True)]
-        return own.user + own.system, sum(c.user + c.system for c in children)
-
-    def read(self) -> tuple[float, float]:
-        own, children = self._now()
-        return own - self._start[0], children - self._start[1]
 
 
 async def _replay(local: Local, items: Iterator[Item], duration_s: float, stop: asyncio.Event) -> list[Result]:
