@@ -5,6 +5,7 @@ SchedError
 └── RequestError             refuses one request; becomes an immediate response
     ├── BadRequest           400
     ├── PayloadTooLarge      413
+    ├── NotCached            412 (the client asked for a cached prompt or nothing)
     ├── NoCandidates         503, rejected-no-endpoints
     ├── NoneLeft             429, rejected-saturated (filters drained the candidates)
     ├── NoEndpoints          500 (a request without a body, and nowhere to send it)
@@ -48,6 +49,12 @@ class PayloadTooLarge(RequestError):
     """The body exceeds what this scheduler was started to accept."""
 
     status, code = 413, "PayloadTooLarge"
+
+
+class NotCached(RequestError):
+    """The client prefers no answer to one that has to be computed from the start."""
+
+    status, code = 412, "PreconditionFailed"
 
 
 class NoCandidates(RequestError):

@@ -33,7 +33,11 @@ BODY_EVENTS = "events"
 BODY_TAIL = "tail"
 STREAMED = "streamed"
 
-READ = (*PATHS, REQUEST_ID, *FAIRNESS_ID, *OBJECTIVE, *MODEL_REWRITE, *TTFT_SLO_MS, *TPOT_SLO_MS)
+PREFER = "prefer"
+PREFER_CACHED = "if-available"
+"""RFC 7240: answer 412 rather than compute a prompt that the chosen endpoint has nothing of in cache."""
+
+READ = (*PATHS, REQUEST_ID, PREFER, *FAIRNESS_ID, *OBJECTIVE, *MODEL_REWRITE, *TTFT_SLO_MS, *TPOT_SLO_MS)
 """Request headers the scheduler looks at; where it is not sent all headers, it is sent these."""
 
 SYSTEM_OWNED = frozenset(

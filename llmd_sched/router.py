@@ -14,8 +14,8 @@ import heapq
 from collections.abc import Collection, Sequence
 from random import Random
 
-from llmd_sched.errors import NoCandidates, NoEndpoints
-from llmd_sched.plugin import Producer
+from llmd_sched.errors import NoCandidates, NoEndpoints, NotCached
+from llmd_sched.plugin import DEFAULT_PRODUCER, Attribute, Producer
 from llmd_sched.pool.pool import Pool
 from llmd_sched.sched.pipeline import Picked, Profile
 from llmd_sched.types import Candidates, Decision, End, Endpoint, Outcome, Request
@@ -82,13 +82,15 @@ class Router:
         return next((f"{name}: {g.last_error}" for name, g in self._guards.items() if g.errors), "")
 
     def choose(self, request: Request, subset: Collection[str] | None, now_s: float) -> Decision:
-        """Raises NoCandidates when pool or subset is empty, NoneLeft when the filters leave nothing."""
+        """Raises NoCandidates when pool or subset is empty, NoneLeft when the filters leave nothing, NotCached."""
         self._infer_first_tokens(now_s)
         candidates = self.pool.candidates(subset, now_s)
         if not len(candidates):
             raise NoCandidates("failed to find endpoint candidates for serving the request")
         candidates, producers = self._produce(request, candidates, now_s)
         picked = self.profile.run(request, candidates, self._rng)
+        if request.only_if_cached and not _holds_prefix(candidates, int(picked.order[0])):
+            raise NotCached("no decode worker has the requested KV cache")
         decision = self._decide(request, candidates, producers, picked, now_s)
         self.open[decision.ticket] = decision
         for producer in producers:
@@ -182,3 +184,9 @@ class Router:
         for ticket in lost:
             self.finish(ticket, Outcome(end=End.LOST), now_s)
         return len(lost)
+
+
+def _holds_prefix(candidates: Candidates, position: int) -> bool:
+    """By the default producer's index, as the reference looks no further either."""
+    match = candidates.columns.get(f"prefix_match_blocks/{DEFAULT_PRODUCER[Attribute.PREFIX_MATCH]}")
+    return match is not None and bool(match[position] > 0)

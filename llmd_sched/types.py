@@ -41,6 +41,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     ttft_slo_ms: float | None = None
     tpot_slo_ms: float | None = None
     size_bytes: int = 0
+    only_if_cached: bool = False
+    """Refuse it unless the chosen endpoint holds some of the prompt."""
 
 
 class Endpoint(msgspec.Struct, frozen=True, dict=True):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import msgspec
+
 from llmd_sched.extproc.messages import whole_number
 from llmd_sched.headers import CONTENT_TYPE
 from llmd_sched.parsers.openai import usage_in_tail
@@ -15,6 +17,33 @@ TAIL_BYTES = 2048
 EVENT_MARK = b"\ndata: "
 """Starts an event; with its line break, because a text may contain the word, and JSON has no raw line breaks."""
 DONE_MARK = b"data: [DONE]"
+
+
+class NameBack:
+    """Gives a reply the model name its client asked for, where the request was sent under another.
+
+    Replaces ``"model":"<target>"`` (also with one space), wherever a chunk is cut: what may be the beginning of a
+    match is held back until the next chunk, so at most the length of the pattern is.
+    """
+
+    def __init__(self, target: str, asked: str) -> None:
+        name, asked_name = msgspec.json.encode(target), msgspec.json.encode(asked)
+        self._replacements = tuple((mark + name, mark + asked_name) for mark in (b'"model":', b'"model": '))
+        self._held = b""
+
+    def feed(self, chunk: bytes, *, end: bool) -> bytes:
+        text = self._held + chunk
+        for pattern, replacement in self._replacements:
+            text = text.replace(pattern, replacement)
+        keep = 0 if end else max(_begun(text, pattern) for pattern, _ in self._replacements)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _begun(text: bytes, pattern: bytes) -> int:
+    """Length of the longest end of ``text`` with which ``pattern`` begins."""
+    lengths = range(min(len(text), len(pattern) - 1), 0, -1)
+    return next((n for n in lengths if text.endswith(pattern[:n])), 0)
 
 
 class ReplyReader:

@@ -35,13 +35,11 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: int = 8 << 20
     honour_subset: bool = True
     emit_scores: bool = False
-    max_receive_bytes: int = 0
-    """0: what ``max_body_bytes`` needs."""
 
     @property
     def grpc_options(self) -> list[tuple[str, int]]:
         return [
-            ("grpc.max_receive_message_length", self.max_receive_bytes or self.max_body_bytes + GRPC_OVERHEAD_BYTES),
+            ("grpc.max_receive_message_length", self.max_body_bytes + GRPC_OVERHEAD_BYTES),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),
             ("grpc.max_concurrent_streams", 100_000),

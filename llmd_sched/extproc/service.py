@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -100,6 +101,7 @@ class EndpointPicker:
             ttft_slo_ms=self._slo_ms(headers, names.TTFT_SLO_MS),
             tpot_slo_ms=self._slo_ms(headers, names.TPOT_SLO_MS),
             size_bytes=size_bytes,
+            only_if_cached=names.PREFER_CACHED in re.split(r"[,;\s]+", headers.get(names.PREFER, "").lower()),
         )
 
     def _slo_ms(self, headers: Mapping[str, str], which: tuple[str, ...]) -> float | None:

@@ -34,7 +34,7 @@ from llmd_sched import headers as names
 from llmd_sched.errors import PayloadTooLarge, RequestError, UnsupportedMode
 from llmd_sched.extproc import messages
 from llmd_sched.extproc.messages import ProcessingRequest, ProcessingResponse
-from llmd_sched.extproc.reply import ReplyReader
+from llmd_sched.extproc.reply import NameBack, ReplyReader
 from llmd_sched.types import Decision, End, Endpoint, Outcome
 from llmd_sched.wire import ext_proc_pb2, processing_mode_pb2
 
@@ -90,6 +90,7 @@ class Session:
         self._route_asked = False
         self._has_trailers = False
         self._reply: ReplyReader | None = None
+        self._name_back: NameBack | None = None
 
     def receive(self, message: ext_proc_pb2.ProcessingRequest, now_s: float) -> list[Event]:
         kind = message.WhichOneof("request")
@@ -177,6 +178,8 @@ class Session:
             reply = ext_proc_pb2.BodyResponse(response=common)
             return [ProcessingResponse(request_body=reply, dynamic_metadata=metadata)]
         self._reply = ReplyReader(streaming=decision.request.streaming, sent_s=now_s)
+        asked, target = decision.request.model, decision.request.target_model
+        self._name_back = NameBack(target, asked) if asked and asked != target else None
         replies: list[Event] = [
             ProcessingResponse(request_headers=ext_proc_pb2.HeadersResponse(response=common), dynamic_metadata=metadata)
         ]
@@ -215,12 +218,20 @@ class Session:
         events: list[Event] = []
         if self._reply is not None and body and self._reply.body(body, now_s):
             events.append(FirstToken())
+        if self._name_back is not None:
+            body = self._name_back.feed(body, end=chunk.end_of_stream)
         pieces = messages.streamed_body(body, end_of_stream=chunk.end_of_stream)
         events += [ProcessingResponse(response_body=piece) for piece in pieces]
         return events + self._end(now_s) if chunk.end_of_stream else events
 
     def _response_trailers(self, message: ext_proc_pb2.ProcessingRequest, now_s: float) -> list[Event]:
-        return [ProcessingResponse(response_trailers=ext_proc_pb2.TrailersResponse()), *self._end(now_s)]
+        events: list[Event] = []
+        held = self._name_back.feed(b"", end=True) if self._name_back is not None else b""
+        if held:
+            pieces = messages.streamed_body(held, end_of_stream=False)
+            events += [ProcessingResponse(response_body=piece) for piece in pieces]
+        events.append(ProcessingResponse(response_trailers=ext_proc_pb2.TrailersResponse()))
+        return events + self._end(now_s)
 
     def _end(self, now_s: float) -> list[Event]:
         self.done = True

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llmd_sched import router as module
-from llmd_sched.errors import NoCandidates, NoEndpoints, NoneLeft
+from llmd_sched.errors import NoCandidates, NoEndpoints, NoneLeft, NotCached
 from llmd_sched.plugin import Filter, Picker, Producer
 from llmd_sched.pool.inflight import InFlightLoadProducer
 from llmd_sched.pool.pool import Load, Pool
@@ -386,3 +386,13 @@ def test_the_same_seed_gives_the_same_decisions() -> None:
         return [router.choose(asking(prompt(1, seed=i % 3)), None, i / 10).picked[0].name for i in range(30)]
 
     assert decisions() == decisions()
+
+
+def test_a_client_that_wants_a_cached_prompt_or_nothing_is_refused_until_it_is_cached() -> None:
+    router = router_of("plugins: [{type: prefix-cache-scorer}]", pool_of(endpoints(3)))
+    asked = asking(prompt(4), only_if_cached=True)
+    with pytest.raises(NotCached, match="no decode worker has the requested KV cache"):
+        router.choose(asked, None, 0.0)
+    assert not router.open
+    chosen = router.choose(asking(prompt(4)), None, 0.0)
+    assert router.choose(asked, None, 0.0).picked == chosen.picked
