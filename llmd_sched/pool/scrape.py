@@ -13,8 +13,7 @@ import re
 import time
 from collections.abc import Callable
 
-import aiohttp
-
+from llmd_sched.pool.http import Getter, HttpError
 from llmd_sched.pool.pool import Load, Pool
 from llmd_sched.types import Endpoint
 
@@ -23,6 +22,7 @@ log = logging.getLogger(__name__)
 WAITING, RUNNING, KV_USAGE = b"vllm:num_requests_waiting", b"vllm:num_requests_running", b"vllm:kv_cache_usage_perc"
 CACHE_CONFIG = b"vllm:cache_config_info"
 
+PATH = "/metrics"
 MAX_PAGE_BYTES = 4 << 20
 TIMEOUT_S = 1.0
 LOOK_BACK_BYTES = 1024
@@ -116,15 +116,8 @@ class Scraper:
         self.errors = 0
         self._clock = clock
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
-        self._session: aiohttp.ClientSession | None = None
 
     async def start(self) -> None:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
-            timeout=aiohttp.ClientTimeout(total=TIMEOUT_S),
-            auto_decompress=False,
-            skip_auto_headers=("User-Agent", "Accept-Encoding"),
-        )
         self.pool.on_change.append(self._follow)
         self._follow(self.pool.endpoints)
 
@@ -134,8 +127,6 @@ class Scraper:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._tasks.clear()
-        if self._session is not None:
-            await self._session.close()
 
     def _follow(self, endpoints: list[Endpoint]) -> None:
         wanted = {(e.key, e.hostport): e for e in endpoints}
@@ -146,33 +137,31 @@ class Scraper:
                 self._tasks[key] = asyncio.create_task(self._poll(endpoint), name=f"scrape {endpoint.key}")
 
     async def _poll(self, endpoint: Endpoint) -> None:
-        reader = PageReader()
-        url = f"http://{endpoint.hostport}/metrics"
-        failing = False
+        getter = Getter(endpoint.address, endpoint.port, PATH, MAX_PAGE_BYTES)
+        reader, failing = PageReader(), False
         due_s = self._clock()
-        while True:
-            try:
-                await self._read_once(url, endpoint, reader)
-                if failing:
-                    log.info("%s at %s: metrics are read again", endpoint.key, endpoint.hostport)
-                failing = False
-            except (aiohttp.ClientError, TimeoutError, ValueError) as e:
-                self.errors += 1
-                if isinstance(e, aiohttp.ClientConnectorError):
-                    self.pool.record_failure(endpoint)
-                if not failing:
-                    log.warning("%s: cannot read %s: %s", endpoint.key, url, e or type(e).__name__)
-                failing = True
-            due_s = max(due_s + self.interval_s, self._clock())
-            await asyncio.sleep(due_s - self._clock())
+        try:
+            while True:
+                failing = await self._read_once(endpoint, getter, reader, failing)
+                due_s = max(due_s + self.interval_s, self._clock())
+                await asyncio.sleep(due_s - self._clock())
+        finally:
+            getter.close()
 
-    async def _read_once(self, url: str, endpoint: Endpoint, reader: PageReader) -> None:
-        assert self._session is not None
-        async with self._session.get(url) as reply:
-            page = await reply.read()
-            if reply.status != 200:
-                raise ValueError(f"status {reply.status}")
-        if len(page) > MAX_PAGE_BYTES:
-            raise ValueError(f"page of {len(page)} bytes; at most {MAX_PAGE_BYTES} are read")
+    async def _read_once(self, endpoint: Endpoint, getter: Getter, reader: PageReader, failing: bool) -> bool:
+        """True when the page could not be read; said once, until it can be again."""
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                page = await getter.get()
+        except (HttpError, OSError) as e:  # a timeout is an OSError too
+            self.errors += 1
+            if not getter.connected:
+                self.pool.record_failure(endpoint)
+            if not failing:
+                log.warning("%s: cannot read http://%s%s: %s", endpoint.key, endpoint.hostport, PATH, e or "timed out")
+            return True
         now_s = self._clock()
         self.pool.record(endpoint, reader.read(page, now_s), now_s)
+        if failing:
+            log.info("%s at %s: metrics are read again", endpoint.key, endpoint.hostport)
+        return False
