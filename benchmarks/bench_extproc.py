@@ -9,6 +9,9 @@ CPU is the scheduler process's own (user + system), as the kernel counts it; the
 includes reading ten engines' metrics every 50 ms, also shown alone (``idle_scrape_cores``); ``net`` figures have that
 taken out. Pick latency is from sending a request to the first byte of an instant engine's reply, through
 Envoy: an upper bound of what the scheduler adds. ``direct`` is the same without Envoy and scheduler.
+
+``bare`` (lean only) is the small case against a server with one answer for every request (``bare_extproc``): what gRPC
+costs on this machine at this moment. The ratio to it is steadier than the milliseconds.
 """
 
 from __future__ import annotations
@@ -93,6 +96,9 @@ async def drive(url: str, workload: Iterator[Item]) -> list[Result]:
 class Bench:
     def __init__(self, url: str, direct: str, scheduler_pid: int) -> None:
         self.url, self.direct, self.pid = url, direct, scheduler_pid
+        self.bare: tuple[str, int] | None = None
+        """URL and process id of the bare server."""
+        self.bare_cpu_ms: list[float] = []
         self.serial = itertools.count()
         self.idle_cores: list[float] = []
         self.measured: dict[str, list[Measured]] = defaultdict(list)
@@ -123,6 +129,14 @@ class Bench:
             )
         )
 
+    async def bare_case(self, case: Case) -> None:
+        if self.bare is not None:
+            url, pid = self.bare
+            meter = CpuMeter(pid)
+            results = await drive(url, items(case, self.serial))
+            await asyncio.sleep(SETTLE_S)
+            self.bare_cpu_ms.append(meter.read()[0] * 1e3 / len(results))
+
     async def direct_case(self, case: Case) -> None:
         results = await drive(self.direct, items(case, self.serial))
         self.direct_ms += [r.ttft_s * 1e3 for r in results if r.ttft_s is not None]
@@ -140,14 +154,15 @@ async def run(path: str, rounds: int, folder: Path) -> Bench:
             for case in CASES:
                 await bench.case(case)
                 progress(next(done), total)
+            await bench.bare_case(CASES[0])
             await bench.direct_case(CASES[0])
             progress(next(done), total)
         return bench
 
 
 async def start(stack: Stack, path: str) -> Bench:
-    ports = free_ports(ENDPOINTS + 6)
-    engines, (gapped, grpc, health, metrics, listen, admin) = ports[:ENDPOINTS], ports[ENDPOINTS:]
+    ports = free_ports(ENDPOINTS + 9)
+    engines, (gapped, grpc, health, metrics, listen, admin, *bare_ports) = ports[:ENDPOINTS], ports[ENDPOINTS:]
     await stack.start(
         "stub", [sys.executable, "-m", "benchmarks.stub_engine", *map(str, engines), "--delay-ms", str(CHUNK_GAP_MS)]
     )
@@ -167,7 +182,18 @@ async def start(stack: Stack, path: str) -> Bench:
     )
     envoy = await stack.start_envoy(render(settings))
     await wait_http(f"http://127.0.0.1:{admin}/ready", envoy)
-    return Bench(f"http://127.0.0.1:{listen}", f"http://127.0.0.1:{gapped}", scheduler.pid)
+    bench = Bench(f"http://127.0.0.1:{listen}", f"http://127.0.0.1:{gapped}", scheduler.pid)
+    if path == "lean":
+        bench.bare = await start_bare(stack, f"127.0.0.1:{engines[0]}", *bare_ports)
+    return bench
+
+
+async def start_bare(stack: Stack, destination: str, grpc: int, listen: int, admin: int) -> tuple[str, int]:
+    bare = await stack.start("bare", [sys.executable, "-m", "benchmarks.bare_extproc", str(grpc), destination])
+    settings = EnvoySettings(listen_host="127.0.0.1", listen_port=listen, admin_port=admin, scheduler_port=grpc)
+    envoy = await stack.start_envoy(render(settings), name="envoy-bare")
+    await wait_http(f"http://127.0.0.1:{admin}/ready", envoy)
+    return f"http://127.0.0.1:{listen}", bare.pid
 
 
 def figures(bench: Bench, path: str) -> dict[str, float]:
@@ -186,6 +212,11 @@ def figures(bench: Bench, path: str) -> dict[str, float]:
     for q in (50, 95, 99):
         out[f"{path}_pick_ms_p{q}"] = float(np.percentile(first, q))
     out[f"{path}_direct_first_byte_ms_p50"] = float(np.percentile(bench.direct_ms, 50))
+    if bench.bare_cpu_ms:
+        ours = [m.net_cpu_ms for m in bench.measured["small"]]
+        out[f"{path}_bare_cpu_ms_per_request"] = statistics.median(bench.bare_cpu_ms)
+        ratios = [a / b for a, b in zip(ours, bench.bare_cpu_ms, strict=True)]
+        out[f"{path}_small_net_over_bare_cpu_ratio"] = statistics.median(ratios)
     out[f"{path}_trainer_cpu_ms_per_request"] = statistics.median(m.trainer_cpu_ms for m in bench.measured["small"])
     return out
 

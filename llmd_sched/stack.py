@@ -89,11 +89,11 @@ class Stack:
         """One of our own commands, by the interpreter that runs us."""
         return await self.start(name, [sys.executable, "-m", "llmd_sched", *arguments])
 
-    async def start_envoy(self, config: str, *, concurrency: int = 1) -> Child:
-        path = self.folder / "envoy.json"
+    async def start_envoy(self, config: str, *, name: str = "envoy", concurrency: int = 1) -> Child:
+        path = self.folder / f"{name}.json"
         path.write_text(config)
         arguments = ["-c", str(path), "--concurrency", str(concurrency), "-l", "warning", "--disable-hot-restart"]
-        return await self.start("envoy", [str(envoy_binary()), *arguments])
+        return await self.start(name, [str(envoy_binary()), *arguments])
 
 
 async def stop(child: Child, grace_s: float = STOP_GRACE_S) -> None:

@@ -46,6 +46,20 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
         ]
 
 
+def handlers(process: Any, access_logs: Any) -> tuple[grpc.GenericRpcHandler, grpc.GenericRpcHandler]:
+    """Both of Envoy's services, answered by these coroutine functions."""
+    ext_proc = grpc.stream_stream_rpc_method_handler(
+        process, ProcessingRequest.FromString, ProcessingResponse.SerializeToString
+    )
+    logs = grpc.stream_unary_rpc_method_handler(
+        access_logs, als_pb2.StreamAccessLogsMessage.FromString, als_pb2.StreamAccessLogsResponse.SerializeToString
+    )
+    return (
+        grpc.method_handlers_generic_handler(EXT_PROC, {"Process": ext_proc}),
+        grpc.method_handlers_generic_handler(ACCESS_LOG, {"StreamAccessLogs": logs}),
+    )
+
+
 class ExtProcServer:
     """Adds both services to a grpc.aio server."""
 
@@ -55,20 +69,7 @@ class ExtProcServer:
         self.open_streams = 0
 
     def add_to(self, server: aio.Server) -> None:
-        process = grpc.stream_stream_rpc_method_handler(
-            self.process, ProcessingRequest.FromString, ProcessingResponse.SerializeToString
-        )
-        logs = grpc.stream_unary_rpc_method_handler(
-            self.access_logs,
-            als_pb2.StreamAccessLogsMessage.FromString,
-            als_pb2.StreamAccessLogsResponse.SerializeToString,
-        )
-        server.add_generic_rpc_handlers(
-            (
-                grpc.method_handlers_generic_handler(EXT_PROC, {"Process": process}),
-                grpc.method_handlers_generic_handler(ACCESS_LOG, {"StreamAccessLogs": logs}),
-            )
-        )
+        server.add_generic_rpc_handlers(handlers(self.process, self.access_logs))
 
     async def process(self, _: AsyncIterator[Any], context: aio.ServicerContext[Any, Any]) -> None:
         """One HTTP request."""
