@@ -60,7 +60,7 @@ def _serve_arguments(p: argparse.ArgumentParser) -> None:
     source = p.add_mutually_exclusive_group()
     source.add_argument("--config-file", help="an EndpointPickerConfig; without one, the built-in default")
     source.add_argument("--config-text", help="the same as text")
-    p.add_argument("--endpoints-file", default="", help="model servers, when the config has no discovery")
+    p.add_argument("--endpoints-file", default="", help="model servers, instead of the config's discovery")
     p.add_argument("--host", default="0.0.0.0", help="address of all three ports (%(default)s)")
     p.add_argument("--grpc-port", type=int, default=9002, help="ext_proc and access logs (%(default)s)")
     p.add_argument("--grpc-health-port", type=int, default=9003, help="gRPC health (%(default)s)")

@@ -64,7 +64,7 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
     scrape_interval_s: float = MIN_SCRAPE_INTERVAL_S
     metrics_stale_after_s: float = 2.0
     endpoints_file: str = ""
-    """Stands in for ``dataLayer.discovery`` when the configuration has none."""
+    """Used instead of ``dataLayer.discovery``."""
     outcome_log: str = ""
     pool_name: str = "default"
     seed: int | None = None
@@ -166,9 +166,13 @@ class Scheduler:
             await self.health.set(name, status)
 
     async def _reap(self) -> None:
+        errors = 0
         while True:
             await asyncio.sleep(REAP_EVERY_S)
             now_s = time.monotonic()
+            if sum(self.router.producer_errors.values()) > errors:
+                errors = sum(self.router.producer_errors.values())
+                log.error("a producer failed (%d times so far): %s", errors, self.router.last_producer_error)
             lost = self.router.reap(now_s)
             if lost:
                 log.warning("gave up %d requests whose end was never reported", lost)
@@ -253,12 +257,12 @@ def _bound(add: object, address: str, *credentials: object) -> None:
 
 def discovery(resolved: Resolved, settings: ServeSettings) -> FileDiscovery:
     """Where the endpoints come from. Raises ConfigError when nothing says."""
+    if settings.endpoints_file:
+        return FileDiscovery(path=settings.endpoints_file, watch_file=True)
     if resolved.discovery is not None:
         plugin = resolved.plugins[resolved.discovery].plugin
         assert isinstance(plugin, FileDiscovery)
         return plugin
-    if settings.endpoints_file:
-        return FileDiscovery(path=settings.endpoints_file, watch_file=True)
     raise ConfigError(
         "no endpoints: declare a file-discovery plugin and refer to it here, or start with --endpoints-file",
         "$.dataLayer.discovery",

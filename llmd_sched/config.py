@@ -107,6 +107,8 @@ def load(text: str) -> EndpointPickerConfig:
         raise ConfigError(f"unknown apiVersion {config.api_version!r}; accepted: {accepted}", "$.apiVersion")
     if config.kind != KIND:
         raise ConfigError(f"unknown kind {config.kind!r}; accepted: {KIND}", "$.kind")
+    if not config.data_layer.inject_defaults:
+        raise ConfigError("metrics are always read; remove it or set it to true", "$.dataLayer.injectDefaults")
     for i, gate in enumerate(config.feature_gates):
         _check_gate(gate, f"$.featureGates[{i}]")
     return config

@@ -2,7 +2,6 @@
 
 DESTINATION = "x-gateway-destination-endpoint"
 """Header and ``envoy.lb`` metadata key: the chosen ``ip:port``, or several, comma separated."""
-DESTINATION_SERVED = "x-gateway-destination-endpoint-served"
 DESTINATION_SUBSET = "x-gateway-destination-endpoint-subset"
 DESTINATION_SCORES = "x-gateway-destination-endpoint-scores"
 
@@ -39,11 +38,3 @@ PREFER_CACHED = "if-available"
 
 READ = (*PATHS, REQUEST_ID, PREFER, *FAIRNESS_ID, *OBJECTIVE, *MODEL_REWRITE, *TTFT_SLO_MS, *TPOT_SLO_MS)
 """Request headers the scheduler looks at; where it is not sent all headers, it is sent these."""
-
-SYSTEM_OWNED = frozenset(
-    (
-        *(DESTINATION, DESTINATION_SERVED, DESTINATION_SUBSET, DESTINATION_SCORES, DROPPED_REASON, CONTENT_LENGTH),
-        *(FAIRNESS_ID + OBJECTIVE + MODEL_REWRITE + TTFT_SLO_MS + TPOT_SLO_MS),
-    )
-)
-"""Names a client may send but the scheduler never copies through."""

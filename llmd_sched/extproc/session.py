@@ -84,7 +84,6 @@ class Session:
         self._first = True
         self._has_headers = False
         self._headers: dict[str, str] = {}
-        self._request_id = ""
         self._chunks: list[bytes] = []
         self._size_bytes = 0
         self._route_asked = False

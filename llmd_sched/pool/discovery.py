@@ -12,7 +12,6 @@ import logging
 import re
 import socket
 from pathlib import Path
-from typing import ClassVar
 
 import msgspec
 
@@ -32,8 +31,6 @@ MAX_ENDPOINTS = 10_000
 
 class FileDiscovery(Plugin, frozen=True):
     """``path`` of the endpoints file; ``watchFile``: apply later changes of it."""
-
-    kind: ClassVar[str] = "discovery"
 
     path: str
     watch_file: bool = False
