@@ -139,12 +139,6 @@ def mape_by_window(rows: Iterable[Prediction], window_s: float = 10.0) -> list[W
     ]
 
 
-def mape(rows: Iterable[Prediction]) -> Window | None:
-    """The errors of all rows as one window; None when no row has one."""
-    errors = [_ape_pct(predicted, actual) for _, predicted, actual in rows if actual > 0]
-    return _window(0.0, errors) if errors else None
-
-
 def render_text(summary: Summary, title: str = "Replay") -> str:
     """The summary as two tables for a terminal. Needs rich (extra ``local``)."""
     from rich.table import Table

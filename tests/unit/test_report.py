@@ -11,7 +11,6 @@ from benchmarks import results as benchmark_results
 from llmd_sched.load.report import (
     Result,
     Window,
-    mape,
     mape_by_window,
     plot,
     render_mape,
@@ -106,11 +105,6 @@ def test_errors_are_grouped_by_window_and_rows_without_an_actual_value_are_left_
     first, second = mape_by_window(ROWS, window_s=10)
     assert first == pytest.approx((0, 30, 30, 3))
     assert second == pytest.approx((30, 50, 50, 1))
-
-
-def test_the_error_over_all_rows_is_one_window() -> None:
-    assert mape(ROWS) == pytest.approx((0, 35, 40, 4))
-    assert mape([]) is None
 
 
 def test_tables_show_every_figure_and_endpoint() -> None:
