@@ -17,7 +17,9 @@ from llmd_sched.errors import ConfigError, SchedError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="llmd-sched", description=__doc__.splitlines()[0].split(": ")[1])
+    parser = argparse.ArgumentParser(
+        prog="llmd-sched", description="An endpoint picker for LLM inference behind Envoy."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (text, add_arguments, run) in COMMANDS.items():
