@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from llmd_sched import headers as names
-from llmd_sched.errors import BadRequest, RequestError
+from llmd_sched.errors import BadRequest, RequestError, UnsupportedMode
 from llmd_sched.extproc.session import Route
 from llmd_sched.parsers.openai import with_model
 from llmd_sched.parsers.registry import ParserRegistry
@@ -31,6 +31,11 @@ log = logging.getLogger(__name__)
 
 MAX_SLO_MS = 86_400_000.0
 """A day; anything beyond is a mistake, not a target."""
+
+
+_CANNOT_REWRITE = (
+    "the model name is to be rewritten, which changes content-length; send such requests with request_header_mode SEND"
+)
 
 
 class Routed(NamedTuple):
@@ -65,6 +70,8 @@ class EndpointPicker:
         request = self._request(route.headers, parsed, len(body))
         changed = parsed.names_model and request.target_model != parsed.model
         if changed:
+            if not route.may_rewrite:
+                raise UnsupportedMode(_CANNOT_REWRITE)
             body = with_model(body, request.target_model)
         series = self._series(request)
         series.requests.inc()

@@ -41,11 +41,6 @@ from llmd_sched.wire import ext_proc_pb2, processing_mode_pb2
 _Mode = processing_mode_pb2.ProcessingMode
 
 
-_CANNOT_REWRITE = (
-    "the model name is to be rewritten, which changes content-length; send such requests with request_header_mode SEND"
-)
-
-
 class Path(enum.Enum):
     LEAN = "lean"
     DUPLEX = "duplex"
@@ -58,6 +53,8 @@ class Route(msgspec.Struct, frozen=True):
     body: bytes | None
     """None for a request without a body."""
     subset: frozenset[str] | None
+    may_rewrite: bool = True
+    """False when the headers were not sent: then no header mutation is applied, and content-length is what it was."""
 
 
 class FirstToken(msgspec.Struct, frozen=True):
@@ -156,12 +153,11 @@ class Session:
     def _ask_route(self, message: ext_proc_pb2.ProcessingRequest, body: bytes | None) -> Route:
         self._route_asked = True
         self._chunks.clear()
-        return Route(self._headers, body, messages.subset_hint(message) if self._honour_subset else None)
+        subset = messages.subset_hint(message) if self._honour_subset else None
+        return Route(self._headers, body, subset, may_rewrite=self._has_headers)
 
     def routed(self, decision: Decision, body: bytes, now_s: float, *, body_changed: bool = False) -> list[Event]:
         """The replies that send the request on. ``body`` is what goes upstream."""
-        if body_changed and not self._has_headers:
-            return self.refused(UnsupportedMode(_CANNOT_REWRITE))
         destination = ",".join(e.hostport for e in decision.picked)
         headers = {names.DESTINATION: destination}
         if not self._headers.get(names.REQUEST_ID):

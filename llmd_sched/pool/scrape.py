@@ -129,7 +129,7 @@ class Scraper:
         self._tasks.clear()
 
     def _follow(self, endpoints: list[Endpoint]) -> None:
-        wanted = {(e.key, e.hostport): e for e in endpoints}
+        wanted = {e.server: e for e in endpoints}
         for known in [k for k in self._tasks if k not in wanted]:
             self._tasks.pop(known).cancel()
         for key, endpoint in wanted.items():

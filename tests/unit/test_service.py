@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from llmd_sched import config as configs
 from llmd_sched.catalog import build_parsers, build_router, resolve
-from llmd_sched.errors import BadRequest, NoCandidates, NoEndpoints
+from llmd_sched.errors import BadRequest, NoCandidates, NoEndpoints, UnsupportedMode
 from llmd_sched.extproc.service import EndpointPicker, outcome_line
 from llmd_sched.extproc.session import Route
 from llmd_sched.pool.pool import Load, Pool
@@ -411,3 +411,11 @@ def test_an_outcome_line_is_one_line_whatever_the_client_called_its_request(pick
     (line,) = picker.lines.texts
     assert "\n" not in line
     assert json.loads(line)["request_id"] == 'a"\n\u2028b'
+
+
+def test_a_model_that_cannot_be_rewritten_is_refused_before_anything_is_charged(picker: Picker) -> None:
+    raw = json.dumps(BODY).encode()
+    headers = {":path": "/v1/completions", "x-llm-d-model-name-rewrite": "another"}
+    with pytest.raises(UnsupportedMode, match="request_header_mode SEND"):
+        picker.service.route(Route(headers, raw, None, may_rewrite=False), raw)
+    assert not picker.router.open

@@ -952,8 +952,7 @@ def test_headers_may_come_as_attributes_of_the_body() -> None:
     assert driver.session.done
 
 
-def test_without_its_headers_a_request_is_not_rewritten_but_refused() -> None:
-    driver = Driver(replaced=b'{"model":"another"}').send(body_with_attributes(b"{}"))
-    (reply,) = driver.replies
-    assert reply.immediate_response.status.code == 500
-    assert b"request_header_mode SEND" in reply.immediate_response.body
+@pytest.mark.parametrize(("sent", "may"), [(body_with_attributes(b"{}"), False), (request_headers(LEAN), True)])
+def test_without_its_headers_a_request_may_not_be_rewritten(sent: Message, may: bool) -> None:
+    (route,) = Driver().send(sent, request_body(b"{}", end=True)).routes
+    assert route.may_rewrite is may
