@@ -1,4 +1,4 @@
-"""``llmd-sched serve | up | sim-engine | envoy-config | check-config``: the command line.
+"""``llmd-sched serve | up | sim-engine | predict-server | envoy-config | check-config``: the command line.
 
 A mistake of the user's ends in one line on standard error and exit status 1 (2 for the command line itself).
 """
@@ -81,6 +81,8 @@ def _serve_arguments(p: argparse.ArgumentParser) -> None:
                    help="a longer body is answered with 413 (%(default)s)")  # fmt: skip
     p.add_argument("--outcome-log", default="", metavar="FILE",
                    help="append one JSON line per finished request: predicted and measured")  # fmt: skip
+    p.add_argument("--predictor-state-dir", default="", metavar="DIR",
+                   help="keep learned models and their samples here, so that a restart is warm")  # fmt: skip
     p.add_argument("--pool-name", default="default", help="label of the pool's metrics (%(default)s)")
     p.add_argument("--seed", type=int, default=None, help="make random choices repeatable")
     p.add_argument("-v", "--v", type=int, default=2, dest="verbosity", help="3 and more: debug (%(default)s)")
@@ -108,6 +110,7 @@ def _serve(args: argparse.Namespace) -> int:
         metrics_stale_after_s=args.metrics_staleness_threshold,
         endpoints_file=args.endpoints_file,
         outcome_log=args.outcome_log,
+        predictor_state_dir=args.predictor_state_dir,
         pool_name=args.pool_name,
         seed=args.seed,
         server=ServerSettings(
@@ -192,6 +195,18 @@ def _engine(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def _predict_server_arguments(p: argparse.ArgumentParser) -> None:
+    from llmd_sched.predict_server.cli import add_arguments
+
+    add_arguments(p)
+
+
+def _predict_server(args: argparse.Namespace) -> int:
+    from llmd_sched.predict_server.cli import run
+
+    return run(args)
+
+
 def _up_arguments(p: argparse.ArgumentParser) -> None:
     from llmd_sched.local import add_arguments
 
@@ -210,6 +225,9 @@ COMMANDS: dict[
     "serve": ("Run the endpoint picker.", _serve_arguments, _serve),
     "up": ("Engines, scheduler and a real Envoy on this machine, a workload, a report.", _up_arguments, _up),
     "sim-engine": ("One simulated vLLM server over HTTP.", _engine_arguments, _engine),
+    "predict-server": (
+        "llm-d's latency trainer and predictor sidecars in one.", _predict_server_arguments, _predict_server
+    ),
     "envoy-config": ("Print the Envoy configuration of a data path.", _envoy_arguments, _envoy_config),
     "check-config": (
         "Print a configuration with its defaults, or what is wrong with it.", _check_config_arguments, _check_config

@@ -12,6 +12,7 @@ import logging
 import logging.handlers
 import secrets
 import signal
+import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import AsyncExitStack
@@ -34,6 +35,8 @@ from llmd_sched.extproc.tls import certificate
 from llmd_sched.pool.discovery import FileDiscovery, FileWatcher
 from llmd_sched.pool.pool import Pool
 from llmd_sched.pool.scrape import Scraper
+from llmd_sched.predict import state
+from llmd_sched.predict.gauges import predictor_gauges
 from llmd_sched.predict.producer import PredictedLatency
 from llmd_sched.predict.trainer import TrainerProcess
 from llmd_sched.prefix.approx import MIN_BLOCK_TOKENS
@@ -67,6 +70,8 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Used instead of ``dataLayer.discovery``."""
     outcome_log: str = ""
     pool_name: str = "default"
+    predictor_state_dir: str = ""
+    """Where the predictors' models and windows outlive the process; empty = nowhere."""
     seed: int | None = None
     server: ServerSettings = ServerSettings()
 
@@ -125,11 +130,33 @@ class Scheduler:
     async def _start_trainers(self) -> None:
         for producer in self.router.producers:
             if isinstance(producer, PredictedLatency):
-                trainer = TrainerProcess(producer.model, on_model=producer.publish)
+                producer.timer = time.perf_counter
+                path = self._state_path(producer.name)
+                if path is not None:
+                    _restore(producer, path)
+                trainer = TrainerProcess(
+                    producer.model,
+                    on_model=producer.publish,
+                    classes=lambda producer=producer: producer.classes.names,  # type: ignore[misc]
+                    state_path=path,
+                )
                 producer.on_sample = trainer.add
                 self._stack.push_async_callback(trainer.stop)
                 await trainer.start()
                 self.trainers.append((producer, trainer))
+
+    def _state_path(self, producer: str) -> Path | None:
+        """ConfigError when the folder cannot be made or written to."""
+        if not self.settings.predictor_state_dir:
+            return None
+        folder = Path(self.settings.predictor_state_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as e:
+            raise ConfigError(f"cannot write to the predictor's state folder: {e.strerror}", str(folder)) from None
+        return folder / state.file_name(producer)
 
     async def _start_pool(self) -> None:
         watcher = FileWatcher(discovery(self.resolved, self.settings), self.pool)
@@ -224,26 +251,21 @@ class Scheduler:
         yield "llm_d_epp_scrape_errors_total", "Metric pages not read.", (), [((), float(self.scraper.errors))]
         errors = [((n,), float(c)) for n, c in self.router.producer_errors.items()]
         yield "llm_d_epp_producer_errors_total", "Producers that failed.", ("producer_name",), errors
-        yield from self._predictor_gauges()
-
-    def _predictor_gauges(self) -> Iterable[Gauge]:
         for producer, trainer in self.trainers:
-            label, values = ("plugin_name",), (producer.name,)
-            ledger = producer.ledger
-            for metric, text, value in (
-                ("model_version", "Version of the model in use; 0 is the cold start.", producer.model.version),
-                ("model_samples", "Samples behind the model in use.", producer.model.samples),
-                ("open_predictions", "Predictions without an outcome yet.", len(ledger)),
-                ("ttft_mape_pct", "Mean error of TTFT, newest predictions.", ledger.accuracy.ttft.mape_pct),
-                ("tpot_mape_pct", "Mean error of TPOT, newest predictions.", ledger.accuracy.tpot.mape_pct),
-                ("fit_cpu_ms", "CPU of the last fit.", trainer.fit_cpu_ms),
-                ("models_published_total", "Models taken into use.", trainer.published),
-                ("models_rejected_total", "Fits the gate refused.", trainer.rejected),
-                ("trainer_restarts_total", "Times the trainer had to be started again.", trainer.restarts),
-                ("samples_sent_total", "Samples given to the trainer.", trainer.samples_sent),
-                ("samples_dropped_total", "Samples lost to a full buffer.", trainer.samples_dropped),
-            ):
-                yield f"llm_d_epp_predictor_{metric}", text, label, [(values, float(value))]
+            yield from predictor_gauges(producer, trainer, now_s)
+
+
+def _restore(producer: PredictedLatency, path: Path) -> None:
+    """Begin where the last process of this name ended; what cannot be used is named in the log and left behind."""
+    try:
+        found = state.load(path, time.monotonic(), time.time())
+    except state.BadState as e:
+        log.warning("the predictor starts cold, its saved state cannot be used: %s", e)
+        return
+    if found is not None:
+        producer.restore(found.model)
+        rows = {name: len(held.y_ms) for name, held in found.rows.items()}
+        log.info("restored the predictor's model %d and %s rows, %.0f s old", found.model.version, rows, found.age_s)
 
 
 def _bound(add: object, address: str, *credentials: object) -> None:

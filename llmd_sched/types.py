@@ -10,7 +10,7 @@ producer's name, ``attribute/producer``, so that two producers of one kind can s
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache, cached_property
 
 import msgspec
@@ -78,16 +78,19 @@ class Candidates:
     what a plugin reads is checked when the profile is built.
     """
 
-    __slots__ = ("columns", "endpoints", "index")
+    __slots__ = ("adapters", "columns", "endpoints", "index")
 
     def __init__(
         self,
         endpoints: list[Endpoint],
         columns: dict[str, Array],
         index: NDArray[np.intp] | None = None,
+        adapters: Sequence[Collection[str]] = (),
     ) -> None:
         self.endpoints = endpoints
         self.columns = columns
+        self.adapters = adapters
+        """Names of the LoRA adapters loaded on each endpoint; empty when there are none on any."""
         self.index = _everyone(len(endpoints)) if index is None else index
 
     def __len__(self) -> int:
@@ -105,15 +108,17 @@ class Candidates:
     def compact(self) -> Candidates:
         """The same candidates as a decision of their own: columns hold these endpoints and no others."""
         endpoints = [self.endpoints[i] for i in self.index]
-        return Candidates(endpoints, {name: values[self.index] for name, values in self.columns.items()})
+        adapters = [self.adapters[i] for i in self.index] if self.adapters else ()
+        columns = {name: values[self.index] for name, values in self.columns.items()}
+        return Candidates(endpoints, columns, None, adapters)
 
     def with_columns(self, columns: Mapping[str, Array]) -> Candidates:
         """A view with more columns (full length: one entry per endpoint of the decision)."""
-        return Candidates(self.endpoints, {**self.columns, **columns}, self.index)
+        return Candidates(self.endpoints, {**self.columns, **columns}, self.index, self.adapters)
 
     def keep(self, mask: NDArray[np.bool_]) -> Candidates:
         """The view of the endpoints where ``mask`` (aligned with this view) is true."""
-        return self if mask.all() else Candidates(self.endpoints, self.columns, self.index[mask])
+        return self if mask.all() else Candidates(self.endpoints, self.columns, self.index[mask], self.adapters)
 
 
 @cache
@@ -124,6 +129,10 @@ def _everyone(count: int) -> NDArray[np.intp]:
     return index
 
 
+QUANTILES = (0.5, 0.9)
+"""The levels at which latencies are predicted beside the point forecast."""
+
+
 class Prediction(msgspec.Struct, frozen=True):
     """What the model said of the chosen endpoint. ``row`` is the feature row it was computed from."""
 
@@ -131,6 +140,15 @@ class Prediction(msgspec.Struct, frozen=True):
     ttft_ms: float
     tpot_ms: float
     model_version: int
+    ttft_quantiles_ms: tuple[float, ...] = ()
+    """At ``QUANTILES``; empty where nobody keeps them."""
+    tpot_quantiles_ms: tuple[float, ...] = ()
+    endpoint: str = ""
+    """Identity of the endpoint, ``namespace/name``."""
+    producer: str = ""
+    """Name of the plugin that predicted."""
+    took_s: float = 0.0
+    """How long the prediction took, all candidates and both targets."""
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
@@ -195,3 +213,5 @@ class Sample(msgspec.Struct, frozen=True, array_like=True):
     model_version: int
     at_s: float
     explored: bool = False
+    endpoint: str = ""
+    """Identity of the endpoint that answered; empty = not known, so nothing is learned of it in particular."""

@@ -132,8 +132,8 @@ class EndpointPicker:
         best = decision.picked[0]
         self.telemetry.attempts.labels("success", series.labels[1], best.name, best.namespace, str(best.port)).inc()
         if decision.prediction is not None:
-            series.predicted_ttft_s.observe(decision.prediction.ttft_ms / 1e3)
-            series.predicted_tpot_s.observe(decision.prediction.tpot_ms / 1e3)
+            p = decision.prediction
+            series.predictions.observe(p.producer, p.ttft_ms / 1e3, p.tpot_ms / 1e3, p.took_s)
 
     def first_token(self, ticket: str) -> None:
         self.router.first_token(ticket, self.clock())
@@ -170,6 +170,14 @@ class EndpointPicker:
             series.ttft_s[outcome.streamed].observe(outcome.ttft_ms / 1e3)
         if outcome.tpot_ms is not None:
             series.tpot_s.observe(outcome.tpot_ms / 1e3)
+        if decision.prediction is not None and outcome.streamed:
+            plugin, request = decision.prediction.producer, decision.request
+            for target, measured_ms, slo_ms in (
+                ("ttft", outcome.ttft_ms, request.ttft_slo_ms),
+                ("tpot", outcome.tpot_ms, request.tpot_slo_ms),
+            ):
+                if measured_ms is not None:
+                    series.predictions.measure(plugin, target, measured_ms, slo_ms)
 
 
 def outcome_line(decision: Decision, outcome: Outcome, now_s: float) -> str:
@@ -186,6 +194,8 @@ def outcome_line(decision: Decision, outcome: Outcome, now_s: float) -> str:
         "model_version": p.model_version if p else None,
         "predicted_ttft_ms": round(p.ttft_ms, 3) if p else None,
         "predicted_tpot_ms": round(p.tpot_ms, 3) if p else None,
+        "predicted_ttft_quantiles_ms": [round(value, 3) for value in p.ttft_quantiles_ms] if p else None,
+        "predicted_tpot_quantiles_ms": [round(value, 3) for value in p.tpot_quantiles_ms] if p else None,
         "end": outcome.end.value,
         "status": outcome.status,
         "ttft_ms": _rounded(outcome.ttft_ms),

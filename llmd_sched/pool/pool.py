@@ -21,6 +21,7 @@ NEVER_READ_AGE_S = 1e6
 
 GAUGES = ("waiting", "running", "kv_usage")
 FACTS = ("block_tokens", "cache_blocks")
+NO_ADAPTERS: frozenset[str] = frozenset()
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -31,6 +32,8 @@ class Load(msgspec.Struct, frozen=True):
     kv_usage: float | None = None
     block_tokens: float | None = None
     cache_blocks: float | None = None
+    adapters: frozenset[str] | None = None
+    """LoRA adapters that are loaded."""
 
 
 class Pool:
@@ -43,6 +46,7 @@ class Pool:
         self._position: dict[str, int] = {}
         self._columns: dict[str, Array] = {name: np.zeros(0) for name in GAUGES + FACTS}
         self._read_at_s: Array = np.zeros(0)
+        self._adapters: list[frozenset[str]] = []
         self._failures: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self._all_reachable = True
 
@@ -64,6 +68,8 @@ class Pool:
             dtype=np.intp,
         )
         self._columns = {name: np.append(column, 0.0)[source] for name, column in self._columns.items()}
+        adapters = [*self._adapters, NO_ADAPTERS]
+        self._adapters = [adapters[i] for i in source]
         self._read_at_s = np.append(self._read_at_s, -np.inf)[source]
         self._failures = np.append(self._failures, 0)[source]
         self._all_reachable = bool((self._failures < UNREACHABLE_AFTER_FAILURES).all())
@@ -85,6 +91,8 @@ class Pool:
             value = getattr(load, name)
             if value is not None:
                 self._columns[name][i] = value
+        if load.adapters is not None:
+            self._adapters[i] = load.adapters
         if any(getattr(load, name) is not None for name in GAUGES):
             self._read_at_s[i] = now_s
 
@@ -106,8 +114,9 @@ class Pool:
     def candidates(self, subset: Collection[str] | None, now_s: float) -> Candidates:
         """The endpoints a request may go to. ``subset`` holds ``ip:port`` or ``ip`` (None = no restriction)."""
         columns = self.columns(now_s)
+        adapters = self._adapters if any(self._adapters) else ()
         if subset is None and self._all_reachable:
-            return Candidates(self.endpoints, columns)
+            return Candidates(self.endpoints, columns, None, adapters)
         keep = self._failures < UNREACHABLE_AFTER_FAILURES
         if subset is not None:
             allowed = np.array([e.hostport in subset or e.address in subset for e in self.endpoints], dtype=bool)
@@ -115,7 +124,7 @@ class Pool:
             keep = keep if keep.any() else allowed
         elif not keep.any():
             keep = np.ones(len(self.endpoints), dtype=bool)
-        view = Candidates(self.endpoints, columns)
+        view = Candidates(self.endpoints, columns, None, adapters)
         return view if keep.all() else view.keep(keep).compact()
 
     def columns(self, now_s: float) -> dict[str, Array]:

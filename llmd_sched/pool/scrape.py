@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from llmd_sched.pool.http import Getter, HttpError
 from llmd_sched.pool.pool import Load, Pool
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 
 WAITING, RUNNING, KV_USAGE = b"vllm:num_requests_waiting", b"vllm:num_requests_running", b"vllm:kv_cache_usage_perc"
 CACHE_CONFIG = b"vllm:cache_config_info"
+LORA_INFO = b"vllm:lora_requests_info"
+"""One series per set of adapters there ever was; its value is when that set was the one."""
 
 PATH = "/metrics"
 MAX_PAGE_BYTES = 4 << 20
@@ -31,6 +34,7 @@ FACTS_EVERY_S = 10.0
 
 _BLOCK_SIZE = re.compile(rb'[{,]block_size="(\d+)"')
 _NUM_BLOCKS = re.compile(rb'[{,]num_gpu_blocks="(\d+)"')
+_RUNNING_ADAPTERS = re.compile(rb'[{,]running_lora_adapters="([^"]*)"')
 
 
 class PageReader:
@@ -39,12 +43,14 @@ class PageReader:
     def __init__(self) -> None:
         self._at: dict[bytes, int] = {}
         self._facts_read_s = float("-inf")
+        self._serves_adapters = False
 
     def read(self, page: bytes, now_s: float) -> Load:
         """The values found; None for a family that is absent or not a number."""
         block_tokens = cache_blocks = None
         if now_s - self._facts_read_s >= FACTS_EVERY_S:
             block_tokens, cache_blocks = self._facts(page)
+            self._serves_adapters = self._find(page, LORA_INFO) >= 0
             self._facts_read_s = now_s if block_tokens is not None else float("-inf")
         waiting, running, usages = (self._series(page, name) for name in (WAITING, RUNNING, KV_USAGE))
         return Load(
@@ -53,6 +59,7 @@ class PageReader:
             kv_usage=min(1.0, max(0.0, sum(usages) / len(usages))) if usages else None,
             block_tokens=block_tokens,
             cache_blocks=cache_blocks,
+            adapters=self._adapters(page) if self._serves_adapters else None,
         )
 
     def _find(self, page: bytes, name: bytes) -> int:
@@ -82,21 +89,31 @@ class PageReader:
         return at
 
     def _series(self, page: bytes, name: bytes) -> list[float]:
-        values = []
+        return [value for value, _ in self._lines(page, name)]
+
+    def _lines(self, page: bytes, name: bytes) -> Iterator[tuple[float, bytes]]:
+        """Value and labels of each of the family's samples that is a finite number."""
         at = self._find(page, name)
         while at >= 0 and page.startswith((name + b"{", name + b" "), at):
             end = page.find(b"\n", at)
             end = len(page) if end < 0 else end
+            # name{labels} value [timestamp]
+            after = max(page.rfind(b"}", at, end) + 1, at + len(name))
             try:
-                # name{labels} value [timestamp]
-                after = max(page.rfind(b"}", at, end) + 1, at + len(name))
                 value = float(page[after:end].split(None, 1)[0])
             except (ValueError, IndexError):
-                value = float("nan")
-            if value == value and abs(value) != float("inf"):
-                values.append(value)
+                value = math.nan
+            if math.isfinite(value):
+                yield value, page[at + len(name) : after]
             at = end + 1
-        return values
+
+    def _adapters(self, page: bytes) -> frozenset[str]:
+        """Of the newest series, or of several equally new ones (a data-parallel server) together."""
+        series = list(self._lines(page, LORA_INFO))
+        newest = max((value for value, _ in series), default=0.0)
+        found = (_RUNNING_ADAPTERS.search(labels) for value, labels in series if value == newest)
+        names = b",".join(match[1] for match in found if match).decode(errors="replace").split(",")
+        return frozenset(name.strip() for name in names if name.strip())
 
     def _facts(self, page: bytes) -> tuple[float | None, float | None]:
         at = self._find(page, CACHE_CONFIG)

@@ -22,6 +22,7 @@ TargetName = Literal["ttft", "tpot"]
 TTFT_TERMS = (
     "constant",
     "uncached",  # own prefill, linear part
+    "input",  # prompt tokens, believed cached or not: where that belief is wrong, this grows
     "attention",  # own prefill, quadratic part: pairs of (new token, token before it)
     "inflight_prefill",  # prefill dispatched before us
     "load",  # requests there, whoever sent them
@@ -57,69 +58,117 @@ class Preset(msgspec.Struct, frozen=True):
 # public fits of engine step times and, for the H200, the recorded traces. `default` errs on the slow side of them.
 COLD_START = {
     "default": Preset(
-        ttft=(60.0, 0.1, 1.5e-6, 0.08, 0.5, 20.0, 0.0, 0.02, 1e-4),
+        ttft=(60.0, 0.1, 2e-4, 1.5e-6, 0.08, 0.5, 20.0, 0.0, 0.02, 1e-4),
         tpot=(20.0, 0.05, 2.0, 4.0, 12.0, 2.0, 1e-4),
     ),
     "llama-3-8b-h100": Preset(
-        ttft=(25.0, 0.0197, 6.5e-7, 0.016, 0.05, 4.0, 0.0, 0.004, 5e-5),
+        ttft=(25.0, 0.0197, 1e-4, 6.5e-7, 0.016, 0.05, 4.0, 0.0, 0.004, 5e-5),
         tpot=(6.9, 0.024, 0.5, 1.0, 5.0, 0.5, 5e-5),
     ),
     "qwen3-32b-h100x2": Preset(
-        ttft=(33.0, 0.048, 1.5e-6, 0.04, 0.1, 10.0, 0.0, 0.01, 5e-5),
+        ttft=(33.0, 0.048, 1e-4, 1.5e-6, 0.04, 0.1, 10.0, 0.0, 0.01, 5e-5),
         tpot=(14.0, 0.027, 1.0, 2.0, 10.0, 1.0, 5e-5),
     ),
     "qwen3-32b-h200": Preset(
-        ttft=(41.0, 0.095, 1.4e-6, 0.08, 0.5, 15.0, 0.0, 0.02, 4e-5),
+        ttft=(41.0, 0.095, 1e-4, 1.4e-6, 0.08, 0.5, 15.0, 0.0, 0.02, 4e-5),
         tpot=(18.5, 0.03, 2.0, 2.0, 10.0, 1.0, 4e-5),
     ),
 }
 """Preset by name; `default` is for hardware nothing is known about."""
 
 
+# Compiled code is kept on disk until its own file changes, so what it takes from another file must be an argument.
+_TTFT_COLUMNS = np.array(
+    [f.UNCACHED, f.INPUT, f.WAITING, f.RUNNING, f.INFLIGHT_REQUESTS, f.INFLIGHT_PREFILL, f.RESIDENT]
+)
+_TPOT_COLUMNS = np.array([f.RUNNING, f.INFLIGHT_REQUESTS, f.INFLIGHT_PREFILL, f.KV_USAGE, f.RESIDENT])
+
+
+def ttft_terms(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The TTFT_TERMS of feature rows (n, F) -> (n, terms)."""
+    return np.asarray(_ttft_terms(rows, _TTFT_COLUMNS))
+
+
+def tpot_terms(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The TPOT_TERMS of feature rows (n, F) -> (n, terms)."""
+    return np.asarray(_tpot_terms(rows, _TPOT_COLUMNS))
+
+
 @njit(cache=True, nogil=True)
-def ttft_terms(rows: Any) -> Any:
-    """The TTFT_TERMS of feature rows (n, F) -> (n, terms). Compiled: a decision calls it with a handful of rows."""
-    terms = np.empty((rows.shape[0], 9))
+def _ttft_terms(rows: Any, at: Any) -> Any:
+    terms = np.empty((rows.shape[0], 10))
     for i in range(rows.shape[0]):
-        uncached, waiting, inflight = rows[i, f.UNCACHED], rows[i, f.WAITING], rows[i, f.INFLIGHT_PREFILL]
-        load = max(rows[i, f.RUNNING], rows[i, f.INFLIGHT_REQUESTS])
+        uncached, prompt, waiting, inflight = rows[i, at[0]], rows[i, at[1]], rows[i, at[2]], rows[i, at[5]]
+        load = max(rows[i, at[3]], rows[i, at[4]])
         terms[i, 0] = 1.0
         terms[i, 1] = uncached
-        terms[i, 2] = uncached * max(rows[i, f.INPUT] - 0.5 * uncached, 0.0)
-        terms[i, 3] = inflight
-        terms[i, 4] = load
-        terms[i, 5] = waiting
-        terms[i, 6] = load * inflight
-        terms[i, 7] = inflight * (waiting / (waiting + QUEUE_HALF))
-        terms[i, 8] = rows[i, f.RESIDENT]
+        terms[i, 2] = prompt
+        terms[i, 3] = uncached * max(prompt - 0.5 * uncached, 0.0)
+        terms[i, 4] = inflight
+        terms[i, 5] = load
+        terms[i, 6] = waiting
+        terms[i, 7] = load * inflight
+        terms[i, 8] = inflight * (waiting / (waiting + QUEUE_HALF))
+        terms[i, 9] = rows[i, at[6]]
     return terms
 
 
 @njit(cache=True, nogil=True)
-def tpot_terms(rows: Any) -> Any:
-    """The TPOT_TERMS of feature rows (n, F) -> (n, terms)."""
+def _tpot_terms(rows: Any, at: Any) -> Any:
     terms = np.empty((rows.shape[0], 7))
     for i in range(rows.shape[0]):
-        inflight = rows[i, f.INFLIGHT_PREFILL]
-        load = max(rows[i, f.RUNNING], rows[i, f.INFLIGHT_REQUESTS])
+        load, inflight = max(rows[i, at[0]], rows[i, at[1]]), rows[i, at[2]]
         terms[i, 0] = 1.0
         terms[i, 1] = load
         terms[i, 2] = load / (load + BATCH_HALF)
         terms[i, 3] = inflight / (inflight + CHUNK_HALF_TOKENS)
         terms[i, 4] = inflight / (inflight + BACKLOG_HALF_TOKENS)
-        terms[i, 5] = rows[i, f.KV_USAGE]
-        terms[i, 6] = rows[i, f.RESIDENT]
+        terms[i, 5] = rows[i, at[3]]
+        terms[i, 6] = rows[i, at[4]]
     return terms
 
 
 TERMS = {"ttft": ttft_terms, "tpot": tpot_terms}
 
 
-def fit(terms: NDArray[np.float64], y_ms: Array, weight: Array, prior: Array, ridge_rows: float = 3.0) -> Array:
-    """Non-negative coefficients (terms,) that minimise sum(weight x |log(terms @ c / y)|), approximately.
+@njit(cache=True, nogil=True)
+def base_ms(terms: Any, coefficients: Any, engine_class: Any) -> Any:
+    """The base of each row (n,) from its terms (n, T), by its engine class's line of ``coefficients`` (1 + classes, T).
 
-    Eight rounds of reweighted non-negative least squares on the relative residual 1 - terms @ c / y, each row weighted
-    so that its square equals its absolute log error: a stall counts by how many times it was late, not by how long.
+    Line 0 is the whole pool's, for classes (n,) that have no line yet.
+    """
+    out = np.zeros(terms.shape[0])
+    for i in range(terms.shape[0]):
+        line = engine_class[i] + 1.0
+        at = np.int64(line) if 0.0 <= line < coefficients.shape[0] else 0
+        for k in range(terms.shape[1]):
+            out[i] += terms[i, k] * coefficients[at, k]
+    return out
+
+
+def fit_classes(
+    terms: NDArray[np.float64], y_ms: Array, weight: Array, classes: NDArray[np.int64], prior: Array, ridge_rows: float
+) -> NDArray[np.float64]:
+    """Coefficients (1 + highest class, T): the pool's, then each class's own.
+
+    A class starts from the pool's shape at the level its own rows show (``fit``'s prior), so a new kind of engine
+    needs a handful of rows; a class without any keeps the pool's line.
+    """
+    pooled = fit(terms, y_ms, weight, prior, ridge_rows)
+    present = np.unique(classes)
+    table = np.tile(pooled, (2 + int(present[-1]), 1))
+    if len(present) > 1:
+        for one in present:
+            own = classes == one
+            table[1 + one] = fit(terms[own], y_ms[own], weight[own], pooled, ridge_rows)
+    return table
+
+
+def fit(terms: NDArray[np.float64], y_ms: Array, weight: Array, prior: Array, ridge_rows: float = 3.0) -> Array:
+    """Non-negative coefficients c (terms,) of the least absolute percentage error, sum(weight x |1 - terms @ c / y|).
+
+    Eight rounds of reweighted non-negative least squares, each row weighted so that its square equals its absolute
+    value (below 5 % it stays a square): a stall costs at most one row, however long it was.
     ``prior`` (terms,) gives the shape where data is silent: scaled to the data's level, it weighs as much as
     ``ridge_rows`` average rows, and a term that never occurred keeps it.
     """
@@ -139,7 +188,7 @@ def fit(terms: NDArray[np.float64], y_ms: Array, weight: Array, prior: Array, ri
         upper = np.linalg.cholesky(gram).T
         share, _ = nnls(upper, np.linalg.solve(upper.T, weighted.sum(axis=0) + pull * expected))
         ratio = np.maximum(relative @ share, 1e-6)
-        factor = np.minimum(np.abs(np.log(ratio)) / np.maximum((1.0 - ratio) ** 2, 1e-4), 50.0)
+        factor = 1.0 / np.maximum(np.abs(1.0 - ratio), 0.05)
     coefficients = prior.copy()
     coefficients[seen] = share / scale[seen]
     return coefficients

@@ -1,7 +1,8 @@
-"""From a window of labelled rows to the next model, or to none when the next would be worse than the one in use."""
+"""Labelled rows to a base, trees and the biases of endpoints. Whether the result may serve is ``gate``'s question."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,168 +12,157 @@ from numpy.typing import NDArray
 
 from llmd_sched.predict import base
 from llmd_sched.predict.base import TargetName
-from llmd_sched.predict.features import FEATURES, MONOTONE
-from llmd_sched.predict.forest import Trees, no_trees, parse
-from llmd_sched.predict.model import MAX_FACTOR, Model, Target, bounded
-from llmd_sched.predict.window import Labelled, Window
+from llmd_sched.predict.features import CATEGORICAL, ENGINE_CLASS, FEATURES, MONOTONE
+from llmd_sched.predict.model import MAX_FACTOR, bounded
+from llmd_sched.predict.window import Labelled
 from llmd_sched.types import Array
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How to fit. The defaults were chosen on the recorded Qwen3-32B/H200 rows; all are flat around their value."""
+    """How to fit: one set of numbers for every trace and target. All are flat around their value."""
 
     trees: int = 60
-    leaves: int = 15
+    leaves: int = 8
     rate: float = 0.08
     bins: int = 63
     rows_per_leaf: int = 20
+    leaf_ridge: float = 1.0
+    features_per_tree: float = 0.7
+    loss_width: float = 0.15
+    """Log errors beyond it count by their size, not its square (pseudo-Huber): a stall is one bad row."""
     rows_before_trees: int = 60
-    half_life_rows: float = 300.0
+    half_life_rows: float = 450.0
     least_weight: float = 0.02
     """A row of a regime that no longer occurs keeps this share of a new row's weight."""
-    ridge_rows: float = 3.0
+    ridge_rows: float = 10.0
     """How many rows the preset's shape is worth."""
+    percent_weights: tuple[float, float] = (0.2, 2.0)
+    """Bounds of the weight base/measured, by which an absolute log error costs what the percentage does."""
+    bias_rows: float = 20.0
+    """How many rows it takes to believe half of what one endpoint shows."""
+    least_bias: float = 0.03
+    """A smaller log bias of an endpoint is noise."""
     least_held_out: int = 20
     most_held_out_share: float = 0.2
-    tolerance: float = 0.1
-    """How much worse than the model in use (relative, and in absolute log error) still passes for noise."""
-    monotone: bool = False
-    """Constrain the trees by ``features.MONOTONE``. LightGBM refuses constraints under its L1 loss, and with Huber's
-    the TTFT error on the recorded rows rose by a tenth (light load) to 60 % (heavy load), so it is off: growth is
-    the base's duty, and its coefficients are never negative."""
+    noise_errors: float = 2.0
+    """A candidate that errs more than the model in use, by more standard errors of the difference, is refused. With
+    0 (it must err less, noise or not) half of all fits are refused for nothing and the recorded traces err by up to a
+    tenth more. After drift, an unusual candidate is preferred when the usual one errs more by as much."""
 
 
 DEFAULT = Recipe()
 
 
-class _Weighted(NamedTuple):
-    """A part of the window with its weights."""
+class Part(NamedTuple):
+    """Part of a window with its weights."""
 
     X: NDArray[np.float64]
     y_ms: Array
     weight: Array
+    endpoint: NDArray[np.int32]
 
-    def keep(self, mask: NDArray[np.bool_]) -> _Weighted:
-        return _Weighted(self.X[mask], self.y_ms[mask], self.weight[mask])
+    @property
+    def engine_class(self) -> NDArray[np.int64]:
+        return self.X[:, ENGINE_CLASS].astype(np.int64)
+
+    def keep(self, mask: NDArray[np.bool_]) -> Part:
+        return Part(self.X[mask], self.y_ms[mask], self.weight[mask], self.endpoint[mask])
+
+    def without(self, bias: Array) -> Part:
+        """As if every endpoint were of its class's average."""
+        return self._replace(y_ms=self.y_ms * np.exp(-bias[self.endpoint]))
 
 
-class _Fitted(NamedTuple):
-    """A base with at most ``len(steps)`` trees; booster None = the base alone."""
+class Fitted(NamedTuple):
+    """A base with at most ``recipe.trees`` trees; booster None = the base alone."""
 
-    coefficients: Array
+    coefficients: NDArray[np.float64]
     booster: Any
 
-    def log_error(self, name: TargetName, part: _Weighted, trees: int) -> Array:
+    def log_error(self, name: TargetName, part: Part, trees: int) -> Array:
         """log(predicted / measured) of each row with only the first ``trees`` trees."""
-        error = np.log(bounded(base.TERMS[name](part.X) @ self.coefficients) / part.y_ms)
+        base_ms = bounded(base.base_ms(base.TERMS[name](part.X), self.coefficients, part.X[:, ENGINE_CLASS]))
+        error = np.log(base_ms / part.y_ms)
         if trees and self.booster is not None:
             limit = np.log(MAX_FACTOR)
             error += np.clip(self.booster.predict(part.X, num_iteration=trees, num_threads=1), -limit, limit)
         return np.asarray(error)
 
 
-def fit(
-    window: Window, incumbent: Model | None, version: int, now_s: float, samples: int = 0, recipe: Recipe = DEFAULT
-) -> Model | None:
-    """The model after ``incumbent`` (None = the default preset), or None when neither target got better data.
-
-    A target that fails the gate keeps the incumbent's fit: ``model.ttft is incumbent.ttft`` tells.
-    """
-    current = incumbent or Model.cold()
-    ttft = fit_target("ttft", window.arrays("ttft"), current, recipe) or current.ttft
-    tpot = fit_target("tpot", window.arrays("tpot"), current, recipe) or current.tpot
-    if ttft is current.ttft and tpot is current.tpot:
-        return None
-    return Model(version, ttft, tpot, samples=samples, preset=current.preset, fitted_at_s=now_s)
-
-
-def fit_target(name: TargetName, data: Labelled, current: Model, recipe: Recipe = DEFAULT) -> Target | None:
-    """One target fitted to ``data``; None when there is nothing to learn or the gate refuses the result.
-
-    Every fifth block of twenty rows and the newest rows are held out first: the newest, which the model in use has
-    not seen either, decide whether the candidate passes; all of them decide how many trees are worth having. What
-    passes is fitted again to all rows, the newest included.
-    """
-    rows, old = len(data.y_ms), current.target(name)
-    if rows == 0 or (rows < recipe.rows_before_trees and rows < old.rows):
-        return None
+def part_of(data: Labelled, recipe: Recipe) -> Part:
     weight = np.maximum(0.5 ** (data.age / recipe.half_life_rows), recipe.least_weight)
-    part = _Weighted(data.X, data.y_ms, weight)
-    prior = np.array(getattr(base.COLD_START[current.preset], name))
-    if rows < recipe.rows_before_trees:
-        coefficients = base.fit(base.TERMS[name](part.X), part.y_ms, weight, prior, recipe.ridge_rows)
-        return Target(coefficients, no_trees(), rows=rows, newest_s=float(data.at_s[-1]))
-    newest, held_out = _held_out(data.at_s, old.newest_s, recipe)
-    trial = _fit_part(name, part.keep(~held_out), prior, recipe.trees, recipe)
-    trees = _best_tree_count(name, trial, part.keep(held_out), recipe)
-    news = part.keep(newest)
-    error = trial.log_error(name, news, trees)
-    if not _passes(error, np.log(_predict(name, current, news.X) / news.y_ms), recipe):
-        return None
-    final = _fit_part(name, part, prior, trees, recipe)
-    return Target(
-        final.coefficients,
-        no_trees() if final.booster is None else _parse(final.booster),
-        rows=rows,
-        newest_s=float(data.at_s[-1]),
-        held_out_error=float(np.median(np.abs(error))),
-    )
+    return Part(data.X, data.y_ms, weight, data.endpoint)
 
 
-def _held_out(at_s: Array, seen_until_s: float, recipe: Recipe) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """(the newest rows, those and every fifth block of twenty) as masks over rows ordered oldest first.
-
-    Blocks, because neighbours in time share their fate: single rows held out would be told by their neighbours.
-    """
-    rank = np.arange(len(at_s))[::-1]
-    most = int(recipe.most_held_out_share * len(at_s))
-    newest = rank < max(recipe.least_held_out, min(most, int((at_s > seen_until_s).sum())))
-    return newest, newest | ((rank // 20) % 5 == 2)
-
-
-def _fit_part(name: TargetName, part: _Weighted, prior: Array, trees: int, recipe: Recipe) -> _Fitted:
+def fit_part(name: TargetName, part: Part, prior: Array, trees: int, recipe: Recipe) -> Fitted:
     terms = base.TERMS[name](part.X)
-    coefficients = base.fit(terms, part.y_ms, part.weight, prior, recipe.ridge_rows)
+    coefficients = base.fit_classes(terms, part.y_ms, part.weight, part.engine_class, prior, recipe.ridge_rows)
     if not trees:
-        return _Fitted(coefficients, None)
-    residual = np.log(part.y_ms / bounded(terms @ coefficients))
+        return Fitted(coefficients, None)
+    base_ms = bounded(base.base_ms(terms, coefficients, part.X[:, ENGINE_CLASS]))
+    residual = np.log(part.y_ms / base_ms)
+    weight = part.weight * np.clip(base_ms / part.y_ms, *recipe.percent_weights)
     quiet = {"verbosity": -1, "num_threads": 1, "max_bin": recipe.bins}
     settings: dict[str, Any] = {
         **quiet,
-        "objective": "regression_l1",
+        "objective": _pseudo_huber(recipe.loss_width, residual, weight),
+        "monotone_constraints": list(MONOTONE[name]),
         "num_leaves": recipe.leaves,
         "learning_rate": recipe.rate,
-        "min_data_in_leaf": min(recipe.rows_per_leaf, max(5, len(residual) // 5)),
+        "lambda_l2": recipe.leaf_ridge,
+        "feature_fraction": recipe.features_per_tree,
+        "min_data_in_leaf": min(recipe.rows_per_leaf, max(5, len(base_ms) // 5)),
+        "min_data_per_group": recipe.rows_per_leaf,
         "force_col_wise": True,
         "seed": 1,
     }
-    if recipe.monotone:
-        settings |= {"objective": "huber", "alpha": 0.3, "monotone_constraints": list(MONOTONE[name])}
-    rows = lgb.Dataset(part.X, residual, weight=part.weight, feature_name=list(FEATURES), params=quiet)
-    return _Fitted(coefficients, lgb.train(settings, rows, trees))
+    rows = lgb.Dataset(
+        part.X,
+        residual,
+        weight=weight,
+        feature_name=list(FEATURES),
+        categorical_feature=list(CATEGORICAL),
+        params=quiet,
+    )
+    return Fitted(coefficients, lgb.train(settings, rows, trees))
 
 
-def _best_tree_count(name: TargetName, trial: _Fitted, held_out: _Weighted, recipe: Recipe) -> int:
-    """0, a quarter, half or all of the trees, whichever errs least; on noise alone, the base does best by itself."""
-    choices = (recipe.trees, recipe.trees // 2, recipe.trees // 4, 0)
-    errors = [np.average(np.abs(trial.log_error(name, held_out, trees)), weights=held_out.weight) for trees in choices]
-    return choices[int(np.argmin(errors))]
+def _pseudo_huber(width: float, label: Array, weight: Array) -> Callable[[Array, object], tuple[Array, Array]]:
+    """Charbonnier's loss, width^2 (sqrt(1 + (e / width)^2) - 1), as gradient and curvature.
+
+    LightGBM's own absolute losses refuse monotone constraints, and its Huber loss steps by the mean. The curvature is
+    kept above 0.2, or far rows would leap.
+    """
+
+    def derivatives(predicted: Array, _rows: object) -> tuple[Array, Array]:
+        error = predicted - label
+        slope = 1.0 / np.sqrt(1.0 + (error / width) ** 2)
+        return weight * error * slope, weight * np.maximum(slope**3, 0.2)
+
+    return derivatives
 
 
-def _passes(candidate: Array, incumbent: Array, recipe: Recipe) -> bool:
-    """The candidate's mean percentage error and median absolute log error are no worse than the incumbent's."""
-    slack = 1.0 + recipe.tolerance
-    mean_new, mean_old = (float(np.abs(np.expm1(error)).mean()) for error in (candidate, incumbent))
-    median_new, median_old = (float(np.median(np.abs(error))) for error in (candidate, incumbent))
-    absolute = 0.1 * recipe.tolerance
-    return mean_new <= mean_old * slack + absolute and median_new <= median_old * slack + absolute
+def endpoint_bias(error: Array, part: Part, data: Labelled, recipe: Recipe) -> Array:
+    """What each endpoint adds to the logarithm, (endpoints,): the weighted median of what the fit leaves of its rows,
+    shrunk towards 0 for want of rows. An endpoint alone in the pool has none; it is the pool."""
+    bias = no_bias(data)
+    known = np.unique(part.endpoint[part.endpoint > 0])
+    if len(known) < 2:
+        return bias
+    for one in known:
+        own = part.endpoint == one
+        rows = part.weight[own].sum()
+        value = -_weighted_median(error[own], part.weight[own]) * rows / (rows + recipe.bias_rows)
+        bias[one] = value if abs(value) >= recipe.least_bias else 0.0
+    return bias
 
 
-def _predict(name: TargetName, model: Model, X: NDArray[np.float64]) -> Array:
-    ttft_ms, tpot_ms = model.predict(X)
-    return ttft_ms if name == "ttft" else tpot_ms
+def _weighted_median(values: Array, weight: Array) -> float:
+    order = np.argsort(values)
+    reached = np.cumsum(weight[order])
+    return float(values[order][np.searchsorted(reached, 0.5 * reached[-1])])
 
 
-def _parse(booster: lgb.Booster) -> Trees:
-    return parse(booster.model_to_string())
+def no_bias(data: Labelled) -> Array:
+    return np.zeros(len(data.endpoints))

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from typing import get_args
 
+import numpy as np
+
 from llmd_sched.predict.base import TargetName
-from llmd_sched.predict.fit import DEFAULT, Recipe, fit
+from llmd_sched.predict.fit import DEFAULT, Recipe
+from llmd_sched.predict.frames import Counts
+from llmd_sched.predict.gate import next_model
 from llmd_sched.predict.model import Model
 from llmd_sched.predict.window import Window
 from llmd_sched.types import Sample
 
+NEW_SHARE = 0.02
+"""A refit waits for this share of the window to be new: what changes little is worth few refits."""
+
+ALERT_FITS = 5
+"""So many fits after drift, a short memory competes with the usual one."""
+
 
 class InlineTrainer:
-    """Refits when enough is new, at most every ``interval_s``. ``model`` is the one in use.
+    """Refits when enough is new or a target drifted, at most every ``interval_s``. ``model`` is the one in use.
 
-    The first fit comes with the ``first_samples``-th sample, later ones with ``least_new`` more each.
+    The first fit comes with the ``first_samples``-th sample, later ones with ``least_new`` more each, or a fiftieth
+    of the window if that is more.
     """
 
     def __init__(
@@ -29,41 +42,101 @@ class InlineTrainer:
     ) -> None:
         self.model = model or Model.cold()
         self.window = window or Window()
-        self.samples = 0
-        self.published = 0
-        self.rejected = 0
-        """Fits of one target that the gate refused."""
+        self.classes = self.model.classes
+        """Names of the engine classes in the rows, by number; whoever feeds the trainer keeps it up to date."""
+        self.counts = Counts()
         self._interval_s, self._least_new, self._recipe = interval_s, least_new, recipe
+        self._first_samples = first_samples
         self._next_fit_at = first_samples
-        self._not_before_s = float("-inf")
-
-    @property
-    def refused(self) -> int:
-        """Labels that were no measurement."""
-        return self.window.refused
+        self._not_before_s = -math.inf
+        self._drift = {name: Drift() for name in get_args(TargetName)}
+        self._drifted: set[TargetName] = set()
+        self._alert: dict[TargetName, int] = {}
+        self._judged_from: dict[TargetName, int] = dict.fromkeys(get_args(TargetName), 1)
+        """What an older version said, the preset or one that drift has replaced, is no news when it turns out wrong."""
 
     def add(self, sample: Sample) -> None:
         if self.window.add(sample):
-            self.samples += 1
+            self.counts.samples += 1
+            self._watch("ttft", sample.predicted_ttft_ms, sample.ttft_ms, sample.model_version)
+            self._watch("tpot", sample.predicted_tpot_ms, sample.tpot_ms, sample.model_version)
+
+    def _watch(self, name: TargetName, predicted_ms: float, measured_ms: float | None, version: int) -> None:
+        if measured_ms is None or version < self._judged_from[name]:
+            return
+        if self._drift[name].add(predicted_ms, measured_ms, self.model.target(name).held_out_error):
+            self.counts.drifts += 1
+            self._drifted.add(name)
+
+    def forget(self) -> None:
+        """Empty the window; the model in use stays, and the next fit waits for ``first_samples`` more."""
+        self.window.clear()
+        self._drifted.clear()
+        self._next_fit_at = self.counts.samples + self._first_samples
 
     def due(self, now_s: float) -> bool:
-        return self.samples >= self._next_fit_at and now_s >= self._not_before_s
+        enough = self.counts.samples >= self._next_fit_at or bool(self._drifted)
+        return enough and now_s >= self._not_before_s
 
     def tick(self, now_s: float) -> Model | None:
         """Refit if it is due; returns the new model when one was published."""
         if not self.due(now_s):
             return None
-        self._next_fit_at = self.samples + self._least_new
+        held = max(self.window.size(name) for name in get_args(TargetName))
+        self._next_fit_at = self.counts.samples + max(self._least_new, int(NEW_SHARE * held))
         self._not_before_s = now_s + self._interval_s
-        candidate = fit(self.window, self.model, self.model.version + 1, now_s, self.samples, self._recipe)
-        self.rejected += self._count_rejected(candidate)
-        if candidate is None:
-            return None
-        self.model = candidate
-        self.published += 1
+        self._alert.update(dict.fromkeys(self._drifted, ALERT_FITS))
+        drifted = frozenset(name for name, fits in self._alert.items() if fits)
+        self._alert = {name: max(0, fits - 1) for name, fits in self._alert.items()}
+        self._drifted.clear()
+        candidate = next_model(
+            self.window,
+            self.model,
+            self.model.version + 1,
+            now_s,
+            self.counts.samples,
+            self._recipe,
+            drifted=drifted,
+            classes=self.classes,
+        )
+        self._settle(candidate, drifted)
+        if candidate is not None:
+            self.model = candidate
         return candidate
 
-    def _count_rejected(self, candidate: Model | None) -> int:
-        """Targets that had labels and yet kept the fit in use."""
-        had_labels = [name for name in get_args(TargetName) if self.window.size(name)]
-        return sum(candidate is None or candidate.target(name) is self.model.target(name) for name in had_labels)
+    def _settle(self, candidate: Model | None, drifted: frozenset[TargetName]) -> None:
+        self.counts.fits += 1
+        self.counts.published += candidate is not None
+        for name in get_args(TargetName):
+            old = self.model.target(name)
+            new = old if candidate is None else candidate.target(name)
+            if new is old:
+                self.counts.rejected += self.window.size(name) > 0
+                continue
+            if name in drifted and candidate is not None:
+                self._judged_from[name] = candidate.version
+            if name in drifted and len(old.trees.first_leaf) and not len(new.trees.first_leaf):
+                self.counts.fallbacks += 1
+
+
+class Drift:
+    """Live errors of one target against the error its fit had on rows it had not seen."""
+
+    SEEN = 30
+    """The median of this many newest errors counts, so stalls alone are no drift."""
+    RATIO, MARGIN = 1.5, 0.15
+
+    def __init__(self) -> None:
+        self._errors: deque[float] = deque(maxlen=self.SEEN)
+
+    def add(self, predicted_ms: float, measured_ms: float, accepted: float) -> bool:
+        """True when the target has drifted; then it starts to look anew. ``accepted`` and errors are |log ratio|."""
+        if not (predicted_ms > 0.0 and measured_ms > 0.0 and math.isfinite(accepted)):
+            return False
+        self._errors.append(abs(math.log(predicted_ms / measured_ms)))
+        if len(self._errors) < self.SEEN:
+            return False
+        if np.median(self._errors) <= max(self.RATIO * accepted, accepted + self.MARGIN):
+            return False
+        self._errors.clear()
+        return True

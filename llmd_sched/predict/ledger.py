@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, OrderedDict
 
-from llmd_sched.types import End, Outcome, Prediction, Sample
+from llmd_sched.types import QUANTILES, End, Outcome, Prediction, Sample
 
 _MEMORY = 200
 """A running mean weighs its last few hundred entries; older ones fade."""
@@ -13,21 +13,26 @@ _VERSIONS_KEPT = 8
 
 
 class RunningError:
-    """Running mean of the absolute percentage error of one target."""
+    """Of one target: running mean of the absolute percentage error, and of how often each quantile was enough."""
 
-    __slots__ = ("count", "mape_pct")
+    __slots__ = ("count", "coverage_pct", "mape_pct")
 
     def __init__(self) -> None:
         self.count = 0
         self.mape_pct = math.nan
+        self.coverage_pct = [math.nan] * len(QUANTILES)
 
-    def add(self, predicted_ms: float, measured_ms: float) -> None:
-        error_pct = 100.0 * abs(predicted_ms - measured_ms) / measured_ms
+    def add(self, predicted_ms: float, quantiles_ms: tuple[float, ...], measured_ms: float) -> None:
         self.count += 1
-        if self.count == 1:
-            self.mape_pct = error_pct
-        else:
-            self.mape_pct += (error_pct - self.mape_pct) / min(self.count, _MEMORY)
+        memory = min(self.count, _MEMORY)
+        self.mape_pct = _faded(self.mape_pct, 100.0 * abs(predicted_ms - measured_ms) / measured_ms, memory)
+        for level, limit_ms in enumerate(quantiles_ms):
+            enough = 100.0 * (measured_ms <= limit_ms)
+            self.coverage_pct[level] = _faded(self.coverage_pct[level], enough, memory)
+
+
+def _faded(mean: float, value: float, memory: int) -> float:
+    return value if math.isnan(mean) else mean + (value - mean) / memory
 
 
 class Accuracy:
@@ -39,11 +44,11 @@ class Accuracy:
         self.ttft = RunningError()
         self.tpot = RunningError()
 
-    def add(self, sample: Sample) -> None:
-        if sample.ttft_ms is not None:
-            self.ttft.add(sample.predicted_ttft_ms, sample.ttft_ms)
-        if sample.tpot_ms is not None:
-            self.tpot.add(sample.predicted_tpot_ms, sample.tpot_ms)
+    def add(self, prediction: Prediction, ttft_ms: float | None, tpot_ms: float | None) -> None:
+        if ttft_ms is not None:
+            self.ttft.add(prediction.ttft_ms, prediction.ttft_quantiles_ms, ttft_ms)
+        if tpot_ms is not None:
+            self.tpot.add(prediction.tpot_ms, prediction.tpot_quantiles_ms, tpot_ms)
 
 
 class Ledger:
@@ -94,8 +99,9 @@ class Ledger:
             model_version=prediction.model_version,
             at_s=now_s,
             explored=explored,
+            endpoint=prediction.endpoint,
         )
-        self._judge(sample)
+        self._judge(prediction, ttft_ms, tpot_ms)
         return sample
 
     def expire(self, now_s: float) -> int:
@@ -106,12 +112,12 @@ class Ledger:
             self.counts["expired"] += 1
         return self.counts["expired"] - before
 
-    def _judge(self, sample: Sample) -> None:
-        version = self.accuracy_by_version.setdefault(sample.model_version, Accuracy())
+    def _judge(self, prediction: Prediction, ttft_ms: float | None, tpot_ms: float | None) -> None:
+        version = self.accuracy_by_version.setdefault(prediction.model_version, Accuracy())
         if len(self.accuracy_by_version) > _VERSIONS_KEPT:
             self.accuracy_by_version.popitem(last=False)
-        self.accuracy.add(sample)
-        version.add(sample)
+        for accuracy in (self.accuracy, version):
+            accuracy.add(prediction, ttft_ms, tpot_ms)
 
 
 def _labels(outcome: Outcome) -> tuple[str, float | None, float | None]:

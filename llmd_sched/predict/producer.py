@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from llmd_sched.config import duration_s
 from llmd_sched.plugin import Attribute, Producer, ProducerPlugin, Reads, reads
 from llmd_sched.predict import features
 from llmd_sched.predict.base import COLD_START
+from llmd_sched.predict.calibrate import Calibrator, group_of
+from llmd_sched.predict.features import EngineClasses
 from llmd_sched.predict.ledger import Ledger
 from llmd_sched.predict.model import Model
-from llmd_sched.types import Array, Candidates, Decision, Endpoint, Outcome, Prediction, Request, Sample
+from llmd_sched.types import QUANTILES, Array, Candidates, Decision, End, Endpoint, Outcome, Prediction, Request, Sample
 
 FIRST_OUTPUT_GUESS_TOKENS = 200.0
 OUTPUT_MEMORY = 500
 """The mean output length forgets at this many replies."""
+MAX_ADAPTERS = 1000
+"""LoRA adapters remembered, so that one that is loaded nowhere at the moment is still known to be one."""
+CLASS_LABELS = (
+    "llm-d.ai/accelerator",
+    "llm-d.ai/engine-type",
+    "inference.optimization/acceleratorName",
+    "nvidia.com/gpu.product",
+)
 
 
 class PredictedLatencyProducer(ProducerPlugin, frozen=True):
@@ -25,8 +37,10 @@ class PredictedLatencyProducer(ProducerPlugin, frozen=True):
 
     ``streamingMode``: TPOT counts too (else only TTFT decides). ``sloBufferFactor`` scales the TPOT limit. Endpoints
     whose ``endpointRoleLabel`` is ``prefill`` have no TPOT. ``predictInProduce: false`` only trains. ``preset`` names
-    the coefficients used before the first sample. ``samplingMean`` and ``maxDecodeTokenSamplesForPrediction`` are
-    accepted and unused, as in the reference.
+    the coefficients used before the first sample. ``headroomQuantile`` 0.5 or 0.9 measures SLO headrooms at that
+    quantile of the prediction instead of the prediction itself. ``classLabels``: endpoints that differ in the value
+    of one of these labels are engines of different classes, learned apart. ``samplingMean`` and
+    ``maxDecodeTokenSamplesForPrediction`` are accepted and unused, as in the reference.
     """
 
     provides = Attribute.LATENCY
@@ -43,6 +57,8 @@ class PredictedLatencyProducer(ProducerPlugin, frozen=True):
     sampling_mean: float = 1000.0
     max_decode_token_samples_for_prediction: int = 0
     preset: str = "default"
+    headroom_quantile: float | None = None
+    class_labels: tuple[str, ...] = CLASS_LABELS
 
     def check(self) -> None:
         if not self.slo_buffer_factor > 0:
@@ -51,6 +67,9 @@ class PredictedLatencyProducer(ProducerPlugin, frozen=True):
             raise ValueError("useEncoderCacheFeatures is not supported yet")
         if self.preset not in COLD_START:
             raise ValueError(f"preset {self.preset!r} is unknown; known: {', '.join(sorted(COLD_START))}")
+        if self.headroom_quantile is not None and self.headroom_quantile not in QUANTILES:
+            known = " or ".join(map(str, QUANTILES))
+            raise ValueError(f"headroomQuantile {self.headroom_quantile} is not kept; accepted: {known}")
         duration_s(self.context_ttl)
 
     def reads(self) -> tuple[Reads, ...]:
@@ -63,6 +82,25 @@ class PredictedLatencyProducer(ProducerPlugin, frozen=True):
         return PredictedLatency(name, self)
 
 
+class _Known(NamedTuple):
+    """What only depends on the endpoints and the model: looked up once rather than per request."""
+
+    endpoints: list[Endpoint]
+    model: Model
+    engine_class: Array
+    log_bias: NDArray[np.float64]
+    """(2, n), TTFT first."""
+
+
+class _Last(NamedTuple):
+    """The request being decided."""
+
+    rows: NDArray[np.float64]
+    ttft_ms: Array
+    tpot_ms: Array
+    took_s: float
+
+
 class PredictedLatency(Producer):
     """The live side. Columns: ``ttft_ms``, ``tpot_ms``, their headrooms, ``dispatched`` (our requests there).
 
@@ -73,11 +111,16 @@ class PredictedLatency(Producer):
         super().__init__(name)
         self.params = params
         self.model = Model.cold(params.preset)
+        self.classes = EngineClasses(params.class_labels)
+        self.calibrator = Calibrator()
         self.ledger = Ledger(ttl_s=duration_s(params.context_ttl))
         self.on_sample: Callable[[Sample], None] = lambda sample: None
+        self.timer: Callable[[], float] = lambda: 0.0
+        """Seconds, for how long a prediction took; there is no clock in here."""
         self._in_flight = params.reads()[1].producer
-        self._last: tuple[Array, Array, Array] | None = None
-        """Rows and both predictions of the request being decided."""
+        self._known: _Known | None = None
+        self._last: _Last | None = None
+        self._adapters: dict[str, None] = {}
         self._mean_output_tokens = FIRST_OUTPUT_GUESS_TOKENS
         self._replies = 0
         self._running_slos: dict[str, dict[str, float]] = {}
@@ -86,6 +129,13 @@ class PredictedLatency(Producer):
     def publish(self, model: Model) -> None:
         """Use ``model`` from the next request on."""
         self.model = model
+        self.calibrator.publish(model)
+
+    def restore(self, model: Model) -> None:
+        """Begin with a model of an earlier life; its numbers of the engine classes hold on."""
+        self.classes = EngineClasses(self.params.class_labels, model.classes)
+        self._known = None
+        self.publish(model)
 
     def warm_up(self) -> None:
         """Compile the kernel before the first request needs it."""
@@ -95,17 +145,19 @@ class PredictedLatency(Producer):
         self._running_slos = {e.key: self._running_slos.get(e.key, {}) for e in endpoints}
 
     def produce(self, request: Request, candidates: Candidates, now_s: float) -> dict[str, Array]:
-        self._last = None
+        self._last, began_s = None, self.timer()
+        known = self._what_is_known(candidates.endpoints)
         columns = dict(candidates.columns)
         for column in ("inflight_requests", "inflight_prefill_tokens", "resident_tokens", "uncached_tokens"):
             columns[column] = columns[f"{column}/{self._in_flight}"]
+        columns |= {"engine_class": known.engine_class, "lora": self._lora(request, candidates)}
         view = Candidates(candidates.endpoints, columns)
         rows = features.rows(request, view, self._expected_output_tokens(request))
-        ttft_ms, tpot_ms = self.model.predict(rows)
-        self._last = (rows, ttft_ms, tpot_ms)
+        ttft_ms, tpot_ms = self.model.predict(rows, known.log_bias)
+        self._last = _Last(rows, ttft_ms, tpot_ms, self.timer() - began_s)
         if not self.params.predict_in_produce:
             return {}
-        ttft_headroom_ms, tpot_headroom_ms = self._headrooms(request, candidates.endpoints, ttft_ms, tpot_ms)
+        ttft_headroom_ms, tpot_headroom_ms = self._headrooms(request, candidates.endpoints, self._last)
         return {
             f"ttft_ms/{self.name}": ttft_ms,
             f"tpot_ms/{self.name}": tpot_ms,
@@ -114,18 +166,37 @@ class PredictedLatency(Producer):
             f"dispatched/{self.name}": columns["inflight_requests"],
         }
 
+    def _what_is_known(self, endpoints: list[Endpoint]) -> _Known:
+        known = self._known
+        if known is None or known.endpoints is not endpoints or known.model is not self.model:
+            engine_class = np.array([self.classes.code(e.labels) for e in endpoints], dtype=np.float64)
+            known = _Known(endpoints, self.model, engine_class, self.model.bias([e.key for e in endpoints]))
+            self._known = known
+        return known
+
+    def _lora(self, request: Request, candidates: Candidates) -> Array:
+        """1 where the adapter asked for is loaded, 2 where it would have to be, 0 for a model that is no adapter."""
+        wanted = request.target_model
+        loaded = np.array([wanted in adapters for adapters in candidates.adapters], dtype=bool)
+        if loaded.any():
+            self._adapters[wanted] = None
+            if len(self._adapters) > MAX_ADAPTERS:
+                del self._adapters[next(iter(self._adapters))]
+        elif wanted not in self._adapters:
+            return np.zeros(len(candidates.endpoints))
+        return np.where(loaded, 1.0, 2.0) if len(loaded) else np.full(len(candidates.endpoints), 2.0)
+
     def _expected_output_tokens(self, request: Request) -> float:
         if request.max_output_tokens is None:
             return self._mean_output_tokens
         return min(self._mean_output_tokens, float(request.max_output_tokens))
 
-    def _headrooms(
-        self, request: Request, endpoints: list[Endpoint], ttft_ms: Array, tpot_ms: Array
-    ) -> tuple[Array, Array]:
+    def _headrooms(self, request: Request, endpoints: list[Endpoint], last: _Last) -> tuple[Array, Array]:
         """SLO minus prediction. Without any SLO minus the prediction, so that the lowest is best; with only one
         given, the other asks for nothing and is 0."""
         ttft_slo, tpot_slo = request.ttft_slo_ms, request.tpot_slo_ms
         any_slo = ttft_slo is not None or tpot_slo is not None
+        ttft_ms, tpot_ms = self._at_quantile(last)
         nothing = np.zeros(len(ttft_ms))
         ttft = nothing if any_slo and ttft_slo is None else (ttft_slo or 0.0) - ttft_ms
         if not self.params.streaming_mode or (any_slo and tpot_slo is None):
@@ -140,15 +211,31 @@ class PredictedLatency(Producer):
             tpot = np.where([e.labels.get(label) == "prefill" for e in endpoints], 0.0, tpot)
         return ttft, tpot
 
+    def _at_quantile(self, last: _Last) -> tuple[Array, Array]:
+        quantile = self.params.headroom_quantile
+        if quantile is None:
+            return last.ttft_ms, last.tpot_ms
+        level = QUANTILES.index(quantile)
+        return (
+            last.ttft_ms * self.calibrator.factor("ttft", level, last.rows),
+            last.tpot_ms * self.calibrator.factor("tpot", level, last.rows),
+        )
+
     def predicted(self, candidates: Candidates, position: int) -> Prediction | None:
         if self._last is None:
             return None
-        rows, ttft_ms, tpot_ms = self._last
+        rows, ttft_ms, tpot_ms, took_s = self._last
+        ttft, tpot, group = float(ttft_ms[position]), float(tpot_ms[position]), group_of(rows[position])
         return Prediction(
             row=tuple(rows[position].tolist()),
-            ttft_ms=float(ttft_ms[position]),
-            tpot_ms=float(tpot_ms[position]),
+            ttft_ms=ttft,
+            tpot_ms=tpot,
             model_version=self.model.version,
+            ttft_quantiles_ms=tuple(ttft * factor for factor in self.calibrator.factors("ttft", group)),
+            tpot_quantiles_ms=tuple(tpot * factor for factor in self.calibrator.factors("tpot", group)),
+            endpoint=candidates.endpoints[position].key,
+            producer=self.name,
+            took_s=took_s,
         )
 
     def chosen(self, decision: Decision, candidates: Candidates, position: int, now_s: float) -> None:
@@ -164,9 +251,10 @@ class PredictedLatency(Producer):
         key = self._endpoint_of.pop(ticket, None)
         if key is not None:
             self._running_slos.get(key, {}).pop(ticket, None)
-        if outcome.output_tokens and outcome.status == 200:
+        if outcome.output_tokens and outcome.status == 200 and outcome.end is End.FINISHED:
             self._replies = min(self._replies + 1, OUTPUT_MEMORY)
             self._mean_output_tokens += (outcome.output_tokens - self._mean_output_tokens) / self._replies
         sample = self.ledger.settle(ticket, outcome, now_s)
         if sample is not None:
+            self.calibrator.learn(sample)
             self.on_sample(sample)

@@ -14,11 +14,14 @@ def candidates(**columns: list[float]) -> Candidates:
 
 
 def test_a_row_has_every_feature_in_its_place() -> None:
-    columns = {name: [float(10 + number)] for number, name in enumerate(f.COLUMNS)} | {"metrics_age_s": [0.5]}
+    columns = {name: [float(10 + number)] for number, name in enumerate(f.COLUMNS)}
+    columns |= {"metrics_age_s": [0.5], "uncached_tokens": [250.0]}
     row = f.rows(REQUEST, candidates(**columns), 77.0)[0]
     expected = {name: values[0] for name, values in columns.items()} | {
         "input_tokens": 1000.0,
         "expected_output_tokens": 77.0,
+        "prefix_match": 0.75,
+        "priority_class": 1.0,
     }
     assert dict(zip(f.FEATURES, row.tolist(), strict=True)) == expected
 
@@ -28,6 +31,33 @@ def test_the_index_names_match_the_order_of_the_features() -> None:
     assert f.FEATURES[f.INFLIGHT_PREFILL] == "inflight_prefill_tokens"
     assert f.FEATURES[f.EXPECTED_OUTPUT] == "expected_output_tokens"
     assert all(len(signs) == len(f.FEATURES) for signs in f.MONOTONE.values())
+
+
+@pytest.mark.parametrize(("priority", "expected"), [(-3, 0.0), (0, 1.0), (9, 2.0)])
+def test_a_priority_is_one_of_three_classes(priority: int, expected: float) -> None:
+    request = Request(id="r", input_tokens=10, priority=priority)
+    assert f.rows(request, candidates(waiting=[0.0]), 1.0)[0, f.PRIORITY_CLASS] == expected
+
+
+def test_an_empty_prompt_matches_nothing() -> None:
+    assert f.rows(Request(id="r"), candidates(waiting=[0.0]), 1.0)[0, f.PREFIX_MATCH] == 0.0
+
+
+def test_engine_classes_are_numbered_as_they_appear_and_the_unlabelled_is_number_0() -> None:
+    classes = f.EngineClasses(("accelerator", "engine"))
+    assert classes.code({"other": "x"}) == 0
+    assert classes.code({"accelerator": "H100"}) == 1
+    assert classes.code({"accelerator": "H100", "engine": "vllm"}) == 2
+    assert classes.code({"engine": "", "accelerator": "H100"}) == 1
+    assert classes.names == ("", "H100", "H100/vllm")
+    assert f.EngineClasses(("accelerator",), classes.names).code({"accelerator": "H100"}) == 1
+
+
+def test_engine_classes_beyond_the_limit_count_as_unlabelled() -> None:
+    classes = f.EngineClasses(("a",))
+    codes = [classes.code({"a": str(number)}) for number in range(40)]
+    assert codes == [*range(1, f.MAX_CLASSES), *[0] * (41 - f.MAX_CLASSES)]
+    assert len(classes.names) == f.MAX_CLASSES
 
 
 def test_rows_follow_the_view_of_the_candidates() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llmd_sched.pool import inflight
 from llmd_sched.pool.inflight import InFlightLoad, InFlightLoadProducer
-from llmd_sched.types import Candidates, End, Endpoint, Outcome, Request
+from llmd_sched.types import Candidates, End, Endpoint, Outcome, Prediction, Request
 from tests.builders import COLUMNS, INFLIGHT, decision, endpoint, endpoints, fuzzed, request, streamed
 
 NAMES = ("inflight_requests", "inflight_tokens", "inflight_prefill_tokens", "resident_tokens")
@@ -62,6 +62,30 @@ def test_the_first_token_frees_the_prompt_and_the_end_the_request() -> None:
     assert bench.load() == (1, 0, 0, 100)
     bench.live.finished("a", streamed(), 2.0)
     assert bench.load() == (0, 0, 0, 0)
+
+
+def test_what_a_request_has_generated_grows_as_its_prediction_had_it() -> None:
+    live = InFlightLoadProducer().open(INFLIGHT)
+    members = endpoints(2)
+    live.endpoints_changed(members)
+    plain = Candidates(members, {})
+
+    def resident(now_s: float) -> list[float]:
+        return live.produce(request(), plain, now_s)[f"resident_tokens/{INFLIGHT}"].tolist()
+
+    for ticket, tpot_ms in (("a", 20.0), ("b", 10.0)):
+        asked = request(input_tokens=100)
+        view = plain.with_columns(live.produce(asked, plain, 0.0))
+        predicted = Prediction(row=(), ttft_ms=1.0, tpot_ms=tpot_ms, model_version=1)
+        live.chosen(decision(ticket, asked, members[0], predicted), view, 0, 0.0)
+    live.first_token("a", 10.0)
+    assert resident(11.0) == pytest.approx([150.0, 0.0])
+    live.first_token("b", 12.0)
+    assert resident(13.0) == pytest.approx([100.0 + 150.0 + 100.0 + 100.0, 0.0])
+    live.finished("a", streamed(), 14.0)
+    assert resident(14.0) == pytest.approx([100.0 + 200.0, 0.0])
+    live.finished("b", streamed(), 15.0)
+    assert resident(1e6) == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("end", list(End))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 import pytest
 
 from llmd_sched.plugin import Attribute
-from llmd_sched.predict.features import FEATURES
-from llmd_sched.predict.model import Model
+from llmd_sched.predict.base import TargetName
+from llmd_sched.predict.features import ENGINE_CLASS, FEATURES, LORA
+from llmd_sched.predict.model import Model, Target
 from llmd_sched.predict.producer import FIRST_OUTPUT_GUESS_TOKENS, PredictedLatency, PredictedLatencyProducer
 from llmd_sched.types import Candidates, Decision, End, Endpoint, Request, Sample
 from tests.builders import (
@@ -38,9 +41,15 @@ class Fixed:
         self.version = version
         self.rows = np.zeros((0, 0))
 
-    def predict(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def predict(self, rows: np.ndarray, log_bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         self.rows = rows.copy()
         return self.answer
+
+    def bias(self, endpoints: Sequence[str]) -> np.ndarray:
+        return np.zeros((2, len(endpoints)))
+
+    def target(self, name: TargetName) -> Target:
+        return Model.cold().target(name)
 
 
 class Bench:
@@ -326,3 +335,104 @@ def test_parameters_are_checked(parameters: dict[str, object], message: str) -> 
 
 def test_parameters_of_the_reference_that_have_no_use_are_accepted() -> None:
     PredictedLatencyProducer(sampling_mean=5.0, max_decode_token_samples_for_prediction=3).check()
+
+
+# ------------------------------------------------------------------------- quantiles, engine classes, adapters, bias
+
+
+def calibrated(bench: Bench, ratio: float) -> None:
+    """Every outcome so far took ``ratio`` times the prediction."""
+    for number in range(300):
+        bench.send(str(number))
+        bench.live.finished(str(number), streamed(ttft_ms=100.0 * ratio, e2e_ms=100.0 * ratio + 80.0 * ratio), 1.0)
+
+
+@pytest.mark.parametrize("quantile", [0.5, 0.9])
+def test_headroom_may_be_that_of_a_quantile(quantile: float) -> None:
+    bench = Bench(headroom_quantile=quantile)
+    calibrated(bench, 2.0)
+    ttft, _ = bench.headrooms(ttft_slo_ms=1000.0)
+    assert ttft == pytest.approx([800.0, 400.0], rel=0.1)
+    assert bench.column("ttft_ms") == [100.0, 300.0]  # what is predicted stays the prediction
+
+
+def test_a_prediction_has_quantiles_beside_the_point_forecast() -> None:
+    bench = Bench()
+    calibrated(bench, 2.0)
+    bench.produce()
+    found = bench.live.predicted(bench.view, 1)
+    assert found is not None
+    assert found.ttft_ms == 300.0
+    assert found.ttft_quantiles_ms == pytest.approx((600.0, 600.0), rel=0.1)
+    assert found.endpoint == bench.members[1].key
+    assert found.producer == LATENCY
+
+
+def test_a_quantile_that_is_not_kept_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"headroomQuantile 0\.7 is not kept; accepted: 0\.5 or 0\.9"):
+        PredictedLatencyProducer(headroom_quantile=0.7).check()
+
+
+def test_endpoints_of_other_labels_are_of_another_class() -> None:
+    members = [endpoint(0), endpoint(1, labels={"llm-d.ai/accelerator": "H100"}), endpoint(2, labels={"x": "y"})]
+    bench = Bench((1.0, 2.0, 3.0), (1.0, 2.0, 3.0), members)
+    bench.produce()
+    assert bench.model.rows[:, ENGINE_CLASS].tolist() == [0.0, 1.0, 0.0]
+    assert bench.live.classes.names == ("", "H100")
+
+
+def test_the_labels_that_make_a_class_are_a_parameter() -> None:
+    bench = Bench(
+        members=[endpoint(0, labels={"tier": "a"}), endpoint(1, labels={"tier": "b"})], class_labels=("tier",)
+    )
+    bench.produce()
+    assert bench.model.rows[:, ENGINE_CLASS].tolist() == [1.0, 2.0]
+
+
+def test_a_restored_model_keeps_the_numbers_of_its_classes() -> None:
+    bench = Bench(members=[endpoint(0, labels={"llm-d.ai/accelerator": "B"}), endpoint(1)])
+    bench.live.restore(msgspec.structs.replace(Model.cold(), version=8, classes=("", "A", "B")))
+    bench.live.publish(bench.model)  # type: ignore[arg-type]
+    bench.produce()
+    assert bench.model.rows[:, ENGINE_CLASS].tolist() == [2.0, 0.0]
+
+
+def lora(bench: Bench, adapters: list[set[str]], model: str) -> list[float]:
+    bench.plain = Candidates(bench.members, bench.plain.columns, None, adapters)
+    bench.produce(model=model, target_model=model)
+    return bench.model.rows[:, LORA].tolist()
+
+
+def test_an_adapter_is_loaded_somewhere_or_would_have_to_be() -> None:
+    bench = Bench()
+    assert lora(bench, [], "base") == [0.0, 0.0]
+    assert lora(bench, [{"poet"}, set()], "base") == [0.0, 0.0]
+    assert lora(bench, [{"poet"}, set()], "poet") == [1.0, 2.0]
+    assert lora(bench, [], "poet") == [2.0, 2.0]  # seen before, loaded nowhere now
+    assert lora(bench, [set(), {"other"}], "poet") == [2.0, 2.0]
+
+
+def test_the_bias_of_an_endpoint_follows_the_pool_and_the_model() -> None:
+    live = PredictedLatencyProducer().open(LATENCY)
+    members = endpoints(2)
+    view = full_candidates(2)
+    cold = Model.cold()
+    biased = msgspec.structs.replace(
+        cold, version=1, ttft=msgspec.structs.replace(cold.ttft, bias={members[1].key: math.log(1.5)})
+    )
+
+    def ttft_ms(candidates: Candidates) -> np.ndarray:
+        return live.produce(request(input_tokens=100), candidates, 0.0)[f"ttft_ms/{LATENCY}"]
+
+    before = ttft_ms(view)
+    live.publish(biased)
+    np.testing.assert_allclose(ttft_ms(view) / before, [1.0, 1.5])
+    alone = view.keep(np.array([False, True])).compact()
+    np.testing.assert_allclose(ttft_ms(alone) / before[1:], [1.5])
+
+
+def test_a_broken_off_reply_does_not_shorten_the_expected_output() -> None:
+    bench = Bench()
+    bench.send("a")
+    bench.live.finished("a", streamed(end=End.ABORTED, output_tokens=1), 1.0)
+    assert bench.live._expected_output_tokens(request()) == FIRST_OUTPUT_GUESS_TOKENS

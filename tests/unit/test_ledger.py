@@ -1,5 +1,6 @@
 import math
 
+import msgspec
 import pytest
 
 from llmd_sched.predict.ledger import Ledger
@@ -104,3 +105,27 @@ def test_old_versions_accuracy_is_dropped_and_recent_errors_outweigh_old_ones() 
 
 def test_without_a_settled_prediction_there_is_no_accuracy() -> None:
     assert math.isnan(Ledger().accuracy.ttft.mape_pct)
+
+
+def test_the_share_of_outcomes_within_each_quantile_is_kept() -> None:
+    ledger = Ledger()
+    for number in range(10):
+        prediction = Prediction(
+            row=(1.0,),
+            ttft_ms=100.0,
+            tpot_ms=20.0,
+            model_version=1,
+            ttft_quantiles_ms=(90.0, 100.0 + number % 2 * -50.0),
+        )
+        ledger.open(str(number), prediction, 1.0)
+        ledger.settle(str(number), STREAMED, 2.0)
+    assert ledger.accuracy.ttft.coverage_pct == [0.0, pytest.approx(50.0)]
+    assert all(math.isnan(share) for share in ledger.accuracy.tpot.coverage_pct)
+
+
+def test_a_sample_says_who_answered() -> None:
+    ledger = Ledger()
+    ledger.open("t", msgspec.structs.replace(PREDICTION, endpoint="default/pod-3"), 1.0)
+    sample = ledger.settle("t", STREAMED, 2.0)
+    assert sample is not None
+    assert sample.endpoint == "default/pod-3"

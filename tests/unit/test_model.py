@@ -5,13 +5,16 @@ import msgspec
 import numpy as np
 import pytest
 
-from llmd_sched.predict import base
+from llmd_sched.predict import base, blob
 from llmd_sched.predict import features as f
 from llmd_sched.predict.forest import parse
 from llmd_sched.predict.model import MAX_FACTOR, MAX_MS, MIN_MS, BadModel, Model, Target
 
 RNG = np.random.default_rng(5)
-ROWS = np.abs(RNG.normal(size=(40, len(f.FEATURES)))) * [1e3, 2e3, 4, 30, 0.4, 1, 30, 2e4, 5e4, 300]
+TYPICAL = np.ones(len(f.FEATURES))
+TYPICAL[[f.UNCACHED, f.INPUT, f.RUNNING, f.INFLIGHT_PREFILL, f.RESIDENT]] = 1e3, 2e3, 30, 2e4, 5e4
+ROWS = np.abs(RNG.normal(size=(40, len(f.FEATURES)))) * TYPICAL
+ROWS[:, f.ENGINE_CLASS] = 0.0
 
 
 def with_trees(scale: float = 1.0) -> Model:
@@ -54,13 +57,13 @@ def test_the_presets_are_sane_for_hardware_they_name() -> None:
 def test_a_prediction_is_the_base_times_the_trees() -> None:
     model = with_trees(0.1)
     factor = np.exp(model.forest.predict(ROWS))
-    np.testing.assert_allclose(model.predict(ROWS)[0], base.ttft_terms(ROWS) @ model.ttft.coefficients * factor[0])
-    np.testing.assert_allclose(model.predict(ROWS)[1], base.tpot_terms(ROWS) @ model.tpot.coefficients * factor[1])
+    np.testing.assert_allclose(model.predict(ROWS)[0], base.ttft_terms(ROWS) @ model.ttft.coefficients[0] * factor[0])
+    np.testing.assert_allclose(model.predict(ROWS)[1], base.tpot_terms(ROWS) @ model.tpot.coefficients[0] * factor[1])
 
 
 def test_the_trees_may_correct_the_base_only_so_far() -> None:
     ttft_ms, _ = with_trees(1000.0).predict(ROWS)
-    assert (ttft_ms <= base.ttft_terms(ROWS) @ Model.cold().ttft.coefficients * MAX_FACTOR * (1 + 1e-9)).all()
+    assert (ttft_ms <= base.ttft_terms(ROWS) @ Model.cold().ttft.coefficients[0] * MAX_FACTOR * (1 + 1e-9)).all()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e300, 0.0])
@@ -95,6 +98,25 @@ def test_a_cold_model_survives_bytes_too() -> None:
     assert Model.from_bytes(Model.cold().to_bytes()).ttft.newest_s == -np.inf
 
 
+def test_each_engine_class_has_its_own_base_and_strangers_the_pools() -> None:
+    cold = Model.cold()
+    lines = np.vstack([cold.ttft.coefficients, cold.ttft.coefficients, 3.0 * cold.ttft.coefficients])
+    model = msgspec.structs.replace(cold, ttft=msgspec.structs.replace(cold.ttft, coefficients=lines))
+    rows = np.repeat(ROWS[:1], 4, axis=0)
+    rows[:, f.ENGINE_CLASS] = [0.0, 1.0, 2.0, 31.0]
+    ttft_ms, _ = model.predict(rows)
+    np.testing.assert_allclose(ttft_ms / ttft_ms[0], [1.0, 3.0, 1.0, 1.0])
+
+
+def test_the_bias_of_an_endpoint_multiplies_its_predictions() -> None:
+    cold = Model.cold()
+    model = msgspec.structs.replace(cold, ttft=msgspec.structs.replace(cold.ttft, bias={"default/slow": np.log(1.5)}))
+    rows = np.repeat(ROWS[:1], 2, axis=0)
+    ttft_ms, tpot_ms = model.predict(rows, model.bias(["default/slow", "default/new"]))
+    assert ttft_ms[0] / ttft_ms[1] == pytest.approx(1.5)
+    assert tpot_ms[0] == tpot_ms[1]
+
+
 def test_foreign_bytes_are_refused() -> None:
     with pytest.raises(BadModel, match="not a model"):
         Model.from_bytes(b"\x80\x04\x95pickle")
@@ -117,6 +139,8 @@ def test_a_cut_off_model_is_refused() -> None:
     "change",
     [
         {"features": ("a", "b")},
+        {"classes": ()},
+        {"classes": tuple(map(str, range(1 + f.MAX_CLASSES)))},
         {"ttft": Target(np.zeros(2), Model.cold().ttft.trees)},
         {"ttft": msgspec.structs.replace(with_trees().ttft, trees=Model.cold().ttft.trees, coefficients=np.zeros(1))},
     ],
@@ -127,15 +151,12 @@ def test_a_model_that_does_not_fit_a_row_is_refused(change: dict[str, Any]) -> N
         ttft: Target
         tpot: Target
         features: tuple[str, ...] = f.FEATURES
-
-    from llmd_sched.predict import model as module
+        classes: tuple[str, ...] = ("",)
 
     cold = Model.cold()
-    body = msgspec.msgpack.encode(
-        Other(**{"version": 1, "ttft": cold.ttft, "tpot": cold.tpot, **change}), enc_hook=module._encode_array
-    )
+    other = Other(**{"version": 1, "ttft": cold.ttft, "tpot": cold.tpot, **change})
     with pytest.raises(BadModel):
-        Model.from_bytes(module._MAGIC + module._digest(body) + body)
+        Model.from_bytes(blob.seal(b"llmd-sched model 2\n", other))
 
 
 def test_a_preset_nobody_knows_is_an_error() -> None:

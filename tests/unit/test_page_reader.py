@@ -181,3 +181,25 @@ def test_a_reader_with_a_memory_reads_what_one_without_reads(shapes: list[tuple[
 def test_any_page_is_read_without_an_error(pieces: list[bytes]) -> None:
     waiting = read(b"".join(pieces)).waiting
     assert waiting is None or waiting == waiting
+
+
+def lora(running: str, at: str, waiting: str = "") -> bytes:
+    labels = f'max_lora="4",running_lora_adapters="{running}",waiting_lora_adapters="{waiting}"'
+    return f"vllm:lora_requests_info{{{labels}}} {at}\n".encode()
+
+
+def test_the_newest_series_says_which_adapters_are_loaded() -> None:
+    page = vllm_page() + lora("old", "1.7e9") + lora("poet,coder", "1.8e9", "queued") + lora("older", "1.6e9")
+    assert read(page).adapters == {"poet", "coder"}
+
+
+def test_equally_new_series_are_engines_of_one_server() -> None:
+    assert read(lora("a", "1.8e9") + lora("b, c", "1.8e9")).adapters == {"a", "b", "c"}
+
+
+def test_a_server_without_adapters_is_not_searched_for_them_on_every_page() -> None:
+    reader = PageReader()
+    assert reader.read(vllm_page(), 0.0).adapters is None
+    assert reader.read(vllm_page() + lora("a", "1.8e9"), 1.0).adapters is None
+    assert reader.read(vllm_page() + lora("a", "1.8e9"), FACTS_EVERY_S).adapters == {"a"}
+    assert reader.read(vllm_page() + lora("", "1.9e9"), FACTS_EVERY_S + 1.0).adapters == frozenset()

@@ -372,7 +372,9 @@ def decided(prediction: Prediction | None) -> Decision:
 
 
 def test_an_outcome_line_has_prediction_and_measurement() -> None:
-    prediction = Prediction(row=(1.0,), ttft_ms=100.12345, tpot_ms=20.0, model_version=4)
+    prediction = Prediction(
+        row=(1.0,), ttft_ms=100.12345, tpot_ms=20.0, model_version=4, ttft_quantiles_ms=(101.0, 150.0006)
+    )
     record = json.loads(outcome_line(decided(prediction), FINISHED, 101.5))
     assert record.pop("time_s") > 1.7e9
     assert record == {
@@ -385,6 +387,8 @@ def test_an_outcome_line_has_prediction_and_measurement() -> None:
         "model_version": 4,
         "predicted_ttft_ms": 100.123,
         "predicted_tpot_ms": 20.0,
+        "predicted_ttft_quantiles_ms": [101.0, 150.001],
+        "predicted_tpot_quantiles_ms": [],
         "end": "finished",
         "status": 200,
         "ttft_ms": 120.0,
