@@ -73,18 +73,15 @@ class Ours:
         rows = np.array([recorded.row(record) for record in records])
         predicted = dict(zip(get_args(TargetName), self.trainer.model.predict(rows), strict=True))
         judged: dict[TargetName, list[tuple[float, ...]]] = {name: [] for name in get_args(TargetName)}
-        frozen = {
-            (name, group): self.calibrator.factors(name, group)[P90]
-            for name in judged
-            for group in {group_of(row) for row in rows}
+        frozen_ms = {
+            name: point_ms * self.calibrator.factor(name, P90, rows, point_ms) for name, point_ms in predicted.items()
         }
         for i, record in enumerate(records):
             for name, lines in judged.items():
                 if record[f"actual_{name}_ms"]:
-                    group, point_ms = group_of(rows[i]), float(predicted[name][i])
-                    p90_ms = point_ms * self.calibrator.factors(name, group)[P90]
-                    frozen_ms = point_ms * frozen[name, group]
-                    lines.append((numbers[i], record[f"actual_{name}_ms"], point_ms, p90_ms, frozen_ms))
+                    point_ms = float(predicted[name][i])
+                    p90_ms = point_ms * self.calibrator.factors(name, group_of(rows[i], point_ms))[P90]
+                    lines.append((numbers[i], record[f"actual_{name}_ms"], point_ms, p90_ms, float(frozen_ms[name][i])))
             self.calibrator.learn(self._sample(record, numbers[i], predicted, i))
         return {name: np.array(lines).reshape(-1, 5) for name, lines in judged.items()}
 

@@ -73,8 +73,8 @@ def made_up_rows(count: int, rng: np.random.Generator, *, one_request: bool = Fa
 
 
 def made_up_labels(X: Rows, rng: np.random.Generator) -> tuple[Rows, Rows]:
-    """TTFT and TPOT in ms of engines whose classes differ in speed, with 8 % noise."""
-    slower = 1.0 + 0.5 * X[:, f.ENGINE_CLASS]
+    """TTFT and TPOT in ms of engines whose classes differ in speed and which stall when full, with 8 % noise."""
+    slower = (1.0 + 0.5 * X[:, f.ENGINE_CLASS]) * np.where(X[:, f.KV_USAGE] > 0.8, 1.7, 1.0)
     noise = np.exp(0.08 * rng.normal(size=(2, len(X))))
     prefill_ms = 0.1 * X[:, f.UNCACHED] + 0.08 * X[:, f.INFLIGHT_PREFILL]
     ttft_ms = (40.0 + prefill_ms + 3.0 * X[:, f.WAITING] ** 1.3) * slower * noise[0]

@@ -12,7 +12,6 @@ import logging
 import logging.handlers
 import secrets
 import signal
-import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import AsyncExitStack
@@ -36,7 +35,7 @@ from llmd_sched.pool.discovery import FileDiscovery, FileWatcher
 from llmd_sched.pool.pool import Pool
 from llmd_sched.pool.scrape import Scraper
 from llmd_sched.predict import state
-from llmd_sched.predict.gauges import predictor_gauges
+from llmd_sched.predict.gauges import producer_gauges
 from llmd_sched.predict.producer import PredictedLatency
 from llmd_sched.predict.trainer import TrainerProcess
 from llmd_sched.prefix.approx import MIN_BLOCK_TOKENS
@@ -131,9 +130,10 @@ class Scheduler:
         for producer in self.router.producers:
             if isinstance(producer, PredictedLatency):
                 producer.timer = time.perf_counter
-                path = self._state_path(producer.name)
-                if path is not None:
-                    _restore(producer, path)
+                path = state.prepare(self.settings.predictor_state_dir, producer.name)
+                found = state.restored(path, time.monotonic(), time.time()) if path else None
+                if found is not None:
+                    producer.restore(found.model)
                 trainer = TrainerProcess(
                     producer.model,
                     on_model=producer.publish,
@@ -144,19 +144,6 @@ class Scheduler:
                 self._stack.push_async_callback(trainer.stop)
                 await trainer.start()
                 self.trainers.append((producer, trainer))
-
-    def _state_path(self, producer: str) -> Path | None:
-        """ConfigError when the folder cannot be made or written to."""
-        if not self.settings.predictor_state_dir:
-            return None
-        folder = Path(self.settings.predictor_state_dir)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as e:
-            raise ConfigError(f"cannot write to the predictor's state folder: {e.strerror}", str(folder)) from None
-        return folder / state.file_name(producer)
 
     async def _start_pool(self) -> None:
         watcher = FileWatcher(discovery(self.resolved, self.settings), self.pool)
@@ -252,20 +239,7 @@ class Scheduler:
         errors = [((n,), float(c)) for n, c in self.router.producer_errors.items()]
         yield "llm_d_epp_producer_errors_total", "Producers that failed.", ("producer_name",), errors
         for producer, trainer in self.trainers:
-            yield from predictor_gauges(producer, trainer, now_s)
-
-
-def _restore(producer: PredictedLatency, path: Path) -> None:
-    """Begin where the last process of this name ended; what cannot be used is named in the log and left behind."""
-    try:
-        found = state.load(path, time.monotonic(), time.time())
-    except state.BadState as e:
-        log.warning("the predictor starts cold, its saved state cannot be used: %s", e)
-        return
-    if found is not None:
-        producer.restore(found.model)
-        rows = {name: len(held.y_ms) for name, held in found.rows.items()}
-        log.info("restored the predictor's model %d and %s rows, %.0f s old", found.model.version, rows, found.age_s)
+            yield from producer_gauges(producer, trainer, now_s)
 
 
 def _bound(add: object, address: str, *credentials: object) -> None:

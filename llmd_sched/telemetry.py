@@ -94,7 +94,7 @@ class Telemetry:
 
     def pull(self, read: Callable[[], Iterable[Gauge]]) -> None:
         """Have ``read`` called at every scrape."""
-        self.registry.register(_Pulled(read))
+        self.registry.register(Pulled(read))
 
 
 class Series:
@@ -153,7 +153,7 @@ class PredictionMetrics:
         twin = _Twin(self.violations, f"llm_d_epp_{name}", f"inference_objective_{name}", (*_M, "type"))
         registry.register(twin)
         self._models: dict[tuple[str, str], ModelPredictions] = {}
-        registry.register(_Pulled(self._last_values))
+        registry.register(Pulled(self._last_values))
 
     def of_model(self, model: str, target_model: str) -> ModelPredictions:
         key = (model, target_model)
@@ -235,7 +235,9 @@ def _histogram(
     return Histogram(f"llm_d_epp_{name}", text, labels, buckets=buckets, registry=registry)
 
 
-class _Pulled(Collector):
+class Pulled(Collector):
+    """Calls ``read`` at every scrape."""
+
     def __init__(self, read: Callable[[], Iterable[Gauge]]) -> None:
         self._read = read
 

@@ -26,6 +26,7 @@ COLUMNS = {
     "inflight_requests": f"inflight_requests/{INFLIGHT}",
     "inflight_tokens": f"inflight_tokens/{INFLIGHT}",
     "inflight_prefill_tokens": f"inflight_prefill_tokens/{INFLIGHT}",
+    "prefill_wait_ms": f"prefill_wait_ms/{INFLIGHT}",
     "resident_tokens": f"resident_tokens/{INFLIGHT}",
     "uncached_tokens": f"uncached_tokens/{INFLIGHT}",
     "ttft_ms": f"ttft_ms/{LATENCY}",

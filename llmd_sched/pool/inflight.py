@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from llmd_sched.plugin import Attribute, Producer, ProducerPlugin, Reads, reads
@@ -43,12 +45,19 @@ class InFlightLoadProducer(ProducerPlugin, frozen=True):
 class _Counter:
     """One endpoint's load. A request gives back to the object it was charged to, whatever became of the endpoint."""
 
-    __slots__ = ("charged_tokens", "decode_rate", "decode_since", "prefill_tokens", "prompt_tokens", "requests")
+    __slots__ = (
+        "charged_tokens", "decode_rate", "decode_since", "prefill_due_s", "prefill_tokens", "prefilling",
+        "prompt_tokens", "requests",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.requests = 0
         self.charged_tokens = 0.0
+        self.prefilling = 0
+        """Requests without a first token yet."""
         self.prefill_tokens = 0.0
+        self.prefill_due_s = -math.inf
+        """When the last first token of them is due, by the predictions."""
         self.prompt_tokens = 0.0
         self.decode_rate = 0.0
         self.decode_since = 0.0
@@ -58,6 +67,10 @@ class _Counter:
     def resident_tokens(self, now_s: float) -> float:
         """Prompt and generated tokens of the requests in decode; what was generated is as the prediction had it."""
         return self.prompt_tokens + max(0.0, now_s * self.decode_rate - self.decode_since)
+
+    def prefill_wait_ms(self, now_s: float) -> float:
+        """Until the prompts ahead are computed: the engine has been at some of them for a while already."""
+        return 1e3 * max(0.0, self.prefill_due_s - now_s) if self.prefilling else 0.0
 
     def decode(self, one: _Open, sign: float) -> None:
         """Count a request in (1) or out (-1) of those in decode."""
@@ -87,9 +100,13 @@ class InFlightLoad(Producer):
     """The live counters.
 
     Columns: ``inflight_requests`` and ``inflight_tokens`` (the reference's pair), ``uncached_tokens`` of this request,
-    and two of ours: ``inflight_prefill_tokens`` (uncached prompt tokens without a first token yet) and
-    ``resident_tokens`` (prompt and generated tokens of the requests now in decode).
+    and three of ours: ``inflight_prefill_tokens`` (uncached prompt tokens without a first token yet),
+    ``prefill_wait_ms`` (until the last of those first tokens is due, by our own predictions) and ``resident_tokens``
+    (prompt and generated tokens of the requests now in decode).
     """
+
+    COLUMNS = ("inflight_requests", "inflight_tokens", "inflight_prefill_tokens", "prefill_wait_ms", "resident_tokens")
+    """Of the endpoint alone; ``uncached_tokens`` is of the request too."""
 
     def __init__(self, name: str, params: InFlightLoadProducer) -> None:
         super().__init__(name)
@@ -104,16 +121,14 @@ class InFlightLoad(Producer):
     def produce(self, request: Request, candidates: Candidates, now_s: float) -> dict[str, Array]:
         counters = [self._counters[e.server] for e in candidates.endpoints]
         load = np.array(
-            [(c.requests, c.charged_tokens, c.prefill_tokens, c.resident_tokens(now_s)) for c in counters],
+            [
+                (c.requests, c.charged_tokens, c.prefill_tokens, c.prefill_wait_ms(now_s), c.resident_tokens(now_s))
+                for c in counters
+            ],
             dtype=np.float64,
         )
-        return {
-            f"inflight_requests/{self.name}": load[:, 0],
-            f"inflight_tokens/{self.name}": load[:, 1],
-            f"inflight_prefill_tokens/{self.name}": load[:, 2],
-            f"resident_tokens/{self.name}": load[:, 3],
-            f"uncached_tokens/{self.name}": self._uncached_tokens(request, candidates),
-        }
+        columns = {f"{name}/{self.name}": load[:, i] for i, name in enumerate(self.COLUMNS)}
+        return columns | {f"uncached_tokens/{self.name}": self._uncached_tokens(request, candidates)}
 
     def _uncached_tokens(self, request: Request, candidates: Candidates) -> Array:
         """max(0, total - match) * block + what lies beyond the indexed part, never more than the prompt."""
@@ -132,7 +147,11 @@ class InFlightLoad(Producer):
         one = _Open(counter, uncached + self._output_tokens(decision.request), uncached, decision)
         counter.requests += 1
         counter.charged_tokens += one.charged_tokens
+        counter.prefilling += 1
         counter.prefill_tokens += uncached
+        if decision.prediction is not None:
+            due_s = now_s + decision.prediction.ttft_ms / 1e3
+            counter.prefill_due_s = max(counter.prefill_due_s, due_s) if counter.prefilling > 1 else due_s
         self._open[decision.ticket] = one
         if len(self._open) > MAX_OPEN:
             self._close(next(iter(self._open)))
@@ -149,6 +168,7 @@ class InFlightLoad(Producer):
         if one is None or not one.prefilling:
             return
         one.prefilling = False
+        one.counter.prefilling -= 1
         one.counter.prefill_tokens -= one.uncached_tokens
         one.decode_began_s = now_s
         one.counter.decode(one, 1.0)

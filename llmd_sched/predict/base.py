@@ -25,6 +25,7 @@ TTFT_TERMS = (
     "input",  # prompt tokens, believed cached or not: where that belief is wrong, this grows
     "attention",  # own prefill, quadratic part: pairs of (new token, token before it)
     "inflight_prefill",  # prefill dispatched before us
+    "prefill_wait",  # ... and the time until it is done
     "load",  # requests there, whoever sent them
     "waiting",
     "load_x_inflight",  # decode shares each step's token budget with the prefill ahead of us
@@ -58,19 +59,19 @@ class Preset(msgspec.Struct, frozen=True):
 # public fits of engine step times and, for the H200, the recorded traces. `default` errs on the slow side of them.
 COLD_START = {
     "default": Preset(
-        ttft=(60.0, 0.1, 2e-4, 1.5e-6, 0.08, 0.5, 20.0, 0.0, 0.02, 1e-4),
+        ttft=(60.0, 0.1, 2e-4, 1.5e-6, 0.08, 0.0, 0.5, 20.0, 0.0, 0.02, 1e-4),
         tpot=(20.0, 0.05, 2.0, 4.0, 12.0, 2.0, 1e-4),
     ),
     "llama-3-8b-h100": Preset(
-        ttft=(25.0, 0.0197, 1e-4, 6.5e-7, 0.016, 0.05, 4.0, 0.0, 0.004, 5e-5),
+        ttft=(25.0, 0.0197, 1e-4, 6.5e-7, 0.016, 0.0, 0.05, 4.0, 0.0, 0.004, 5e-5),
         tpot=(6.9, 0.024, 0.5, 1.0, 5.0, 0.5, 5e-5),
     ),
     "qwen3-32b-h100x2": Preset(
-        ttft=(33.0, 0.048, 1e-4, 1.5e-6, 0.04, 0.1, 10.0, 0.0, 0.01, 5e-5),
+        ttft=(33.0, 0.048, 1e-4, 1.5e-6, 0.04, 0.0, 0.1, 10.0, 0.0, 0.01, 5e-5),
         tpot=(14.0, 0.027, 1.0, 2.0, 10.0, 1.0, 5e-5),
     ),
     "qwen3-32b-h200": Preset(
-        ttft=(41.0, 0.095, 1e-4, 1.4e-6, 0.08, 0.5, 15.0, 0.0, 0.02, 4e-5),
+        ttft=(41.0, 0.095, 1e-4, 1.4e-6, 0.08, 0.0, 0.5, 15.0, 0.0, 0.02, 4e-5),
         tpot=(18.5, 0.03, 2.0, 2.0, 10.0, 1.0, 4e-5),
     ),
 }
@@ -79,7 +80,7 @@ COLD_START = {
 
 # Compiled code is kept on disk until its own file changes, so what it takes from another file must be an argument.
 _TTFT_COLUMNS = np.array(
-    [f.UNCACHED, f.INPUT, f.WAITING, f.RUNNING, f.INFLIGHT_REQUESTS, f.INFLIGHT_PREFILL, f.RESIDENT]
+    [f.UNCACHED, f.INPUT, f.WAITING, f.RUNNING, f.INFLIGHT_REQUESTS, f.INFLIGHT_PREFILL, f.PREFILL_WAIT, f.RESIDENT]
 )
 _TPOT_COLUMNS = np.array([f.RUNNING, f.INFLIGHT_REQUESTS, f.INFLIGHT_PREFILL, f.KV_USAGE, f.RESIDENT])
 
@@ -96,7 +97,7 @@ def tpot_terms(rows: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @njit(cache=True, nogil=True)
 def _ttft_terms(rows: Any, at: Any) -> Any:
-    terms = np.empty((rows.shape[0], 10))
+    terms = np.empty((rows.shape[0], 11))
     for i in range(rows.shape[0]):
         uncached, prompt, waiting, inflight = rows[i, at[0]], rows[i, at[1]], rows[i, at[2]], rows[i, at[5]]
         load = max(rows[i, at[3]], rows[i, at[4]])
@@ -105,11 +106,12 @@ def _ttft_terms(rows: Any, at: Any) -> Any:
         terms[i, 2] = prompt
         terms[i, 3] = uncached * max(prompt - 0.5 * uncached, 0.0)
         terms[i, 4] = inflight
-        terms[i, 5] = load
-        terms[i, 6] = waiting
-        terms[i, 7] = load * inflight
-        terms[i, 8] = inflight * (waiting / (waiting + QUEUE_HALF))
-        terms[i, 9] = rows[i, at[6]]
+        terms[i, 5] = rows[i, at[6]]
+        terms[i, 6] = load
+        terms[i, 7] = waiting
+        terms[i, 8] = load * inflight
+        terms[i, 9] = inflight * (waiting / (waiting + QUEUE_HALF))
+        terms[i, 10] = rows[i, at[7]]
     return terms
 
 

@@ -2,8 +2,8 @@
 
 The offset of level q moves up by q and down by 1 - q of a step, so that in the long run the share q of outcomes stays
 below it whatever the distribution does (quantile tracking; Angelopoulos, Candes and Tibshirani, NeurIPS 2023). The
-step follows the size of the errors. One offset for everything, and one per engine class and queue (empty or not)
-once that group has shown enough.
+step follows the size of the errors. One offset for everything, and one per group once the group has shown enough: an
+engine class, its queue (empty or not), and the prediction's order of magnitude, for noise is rarely proportional.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from llmd_sched.predict import features as f
 from llmd_sched.predict.base import TargetName
-from llmd_sched.predict.model import Model
+from llmd_sched.predict.model import MIN_MS, Model
 from llmd_sched.types import QUANTILES, Sample
 
 COLD_OFFSETS = (0.0, 0.7)
@@ -28,6 +28,8 @@ MEMORY = 100
 LEAST_OF_GROUP = 30
 
 _EVERYTHING = -1
+_MAGNITUDE, _MAGNITUDES = math.log(4.0), 12
+"""Predictions below 4 ms are of one magnitude, then up to 16 ms, 64 ms, ..., and all beyond 70 minutes."""
 
 
 class Calibrator:
@@ -44,28 +46,32 @@ class Calibrator:
                 self._targets[name] = _Offsets(held_out, cold=False)
 
     def learn(self, sample: Sample) -> None:
-        group = group_of(sample.row)
         for name, predicted_ms, measured_ms in (
             ("ttft", sample.predicted_ttft_ms, sample.ttft_ms),
             ("tpot", sample.predicted_tpot_ms, sample.tpot_ms),
         ):
             if measured_ms is not None and measured_ms > 0.0 and predicted_ms > 0.0:
+                group = group_of(sample.row, predicted_ms)
                 self._targets[name].learn(group, math.log(measured_ms / predicted_ms))
 
     def factors(self, target: TargetName, group: int) -> tuple[float, ...]:
         """At each of QUANTILES, what the point forecast of one row is multiplied by."""
         return tuple(math.exp(offset) for offset in self._targets[target].of(group))
 
-    def factor(self, target: TargetName, level: int, rows: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The factors (n,) of many rows at ``QUANTILES[level]``."""
-        groups = 2 * rows[:, f.ENGINE_CLASS] + (rows[:, f.WAITING] > 0.0)
-        which, at = np.unique(groups, return_inverse=True)
+    def factor(
+        self, target: TargetName, level: int, rows: NDArray[np.float64], predicted_ms: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """The factors (n,) of many rows (n, F) and their predictions (n,) at ``QUANTILES[level]``."""
+        magnitude = np.clip(np.floor(np.log(np.maximum(predicted_ms, MIN_MS)) / _MAGNITUDE), 0, _MAGNITUDES - 1)
+        place = 2 * rows[:, f.ENGINE_CLASS] + (rows[:, f.WAITING] > 0.0)
+        which, at = np.unique(_MAGNITUDES * place + magnitude, return_inverse=True)
         return np.exp([self._targets[target].of(int(group))[level] for group in which])[at]
 
 
-def group_of(row: Sequence[float] | NDArray[np.float64]) -> int:
-    """The group of one feature row: its engine class, and whether anything waits there."""
-    return 2 * int(row[f.ENGINE_CLASS]) + (row[f.WAITING] > 0.0)
+def group_of(row: Sequence[float] | NDArray[np.float64], predicted_ms: float) -> int:
+    """The group of one feature row and its prediction."""
+    magnitude = min(max(math.floor(math.log(max(predicted_ms, MIN_MS)) / _MAGNITUDE), 0), _MAGNITUDES - 1)
+    return _MAGNITUDES * (2 * int(row[f.ENGINE_CLASS]) + (row[f.WAITING] > 0.0)) + magnitude
 
 
 class _Offsets:

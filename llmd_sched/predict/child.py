@@ -91,6 +91,7 @@ class Child:
             return
         elif isinstance(message, Forget):
             self._trainer.forget()
+            self._saved_samples = -1  # what is on disk must go too
         else:
             self._trainer.classes = message.classes
             for sample in message.samples:

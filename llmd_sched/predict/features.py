@@ -22,6 +22,7 @@ FEATURES = (
     "metrics_age_s",  # how old the scraped columns are, capped
     "inflight_requests",  # our own open requests there
     "inflight_prefill_tokens",  # uncached prompt tokens we sent that have no first token yet
+    "prefill_wait_ms",  # until the last of those first tokens is due, by our own predictions
     "resident_tokens",  # prompt and generated tokens of our requests that decode there
     "expected_output_tokens",
     "priority_class",  # 0 below the default priority, 1 at it, 2 above
@@ -38,6 +39,7 @@ FEATURES = (
     METRICS_AGE,
     INFLIGHT_REQUESTS,
     INFLIGHT_PREFILL,
+    PREFILL_WAIT,
     RESIDENT,
     EXPECTED_OUTPUT,
     PRIORITY_CLASS,
@@ -54,8 +56,8 @@ CATEGORICAL = (ENGINE_CLASS,)
 _POSITIONS = tuple((name, FEATURES.index(name)) for name in COLUMNS)
 
 MONOTONE = {
-    "ttft": (1, 0, -1, 1, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0),
-    "tpot": (0, 0, 0, 0, 1, 0, 0, 1, 0, 1, 0, 0, 0, 0),
+    "ttft": (1, 0, -1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 1, 0),
+    "tpot": (0, 0, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0),
 }
 """Per target and feature: 1 where more of it can only slow the request down, -1 where it can only help, 0 where
 physics does not say."""

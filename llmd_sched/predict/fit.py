@@ -98,7 +98,8 @@ def part_of(data: Labelled, recipe: Recipe) -> Part:
 def fit_part(name: TargetName, part: Part, prior: Array, trees: int, recipe: Recipe) -> Fitted:
     terms = base.TERMS[name](part.X)
     coefficients = base.fit_classes(terms, part.y_ms, part.weight, part.engine_class, prior, recipe.ridge_rows)
-    if not trees:
+    rows_per_leaf = min(recipe.rows_per_leaf, max(5, len(part.y_ms) // 5))
+    if not trees or not _can_be_split(part.X, rows_per_leaf):
         return Fitted(coefficients, None)
     base_ms = bounded(base.base_ms(terms, coefficients, part.X[:, ENGINE_CLASS]))
     residual = np.log(part.y_ms / base_ms)
@@ -112,7 +113,7 @@ def fit_part(name: TargetName, part: Part, prior: Array, trees: int, recipe: Rec
         "learning_rate": recipe.rate,
         "lambda_l2": recipe.leaf_ridge,
         "feature_fraction": recipe.features_per_tree,
-        "min_data_in_leaf": min(recipe.rows_per_leaf, max(5, len(base_ms) // 5)),
+        "min_data_in_leaf": rows_per_leaf,
         "min_data_per_group": recipe.rows_per_leaf,
         "force_col_wise": True,
         "seed": 1,
@@ -126,6 +127,12 @@ def fit_part(name: TargetName, part: Part, prior: Array, trees: int, recipe: Rec
         params=quiet,
     )
     return Fitted(coefficients, lgb.train(settings, rows, trees))
+
+
+def _can_be_split(X: NDArray[np.float64], rows_per_leaf: int) -> bool:
+    """Whether any feature has two values of so many rows each; LightGBM refuses rows that are all alike."""
+    ordered = np.sort(X, axis=0)
+    return bool((ordered[rows_per_leaf - 1] < ordered[-rows_per_leaf]).any())
 
 
 def _pseudo_huber(width: float, label: Array, weight: Array) -> Callable[[Array, object], tuple[Array, Array]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import get_args
 
 from llmd_sched.predict.base import TargetName
-from llmd_sched.predict.ledger import Ledger, RunningError
+from llmd_sched.predict.frames import Held
+from llmd_sched.predict.ledger import Accuracy, RunningError
 from llmd_sched.predict.model import Model
 from llmd_sched.predict.producer import PredictedLatency
 from llmd_sched.predict.trainer import TrainerProcess
@@ -19,15 +20,32 @@ _PLUGIN = ("plugin_name",)
 _TARGET = ("plugin_name", "target")
 
 
-def predictor_gauges(producer: PredictedLatency, trainer: TrainerProcess, now_s: float) -> Iterable[Gauge]:
-    """Everything of one predictor and its trainer; ``now_s`` on the clock of the samples."""
-    plugin = (producer.name,)
-    for name, text, value in (*_of_the_model(producer.model, now_s), *_of_the_trainer(trainer)):
-        yield _PREFIX + name, text, _PLUGIN, [(plugin, float(value))]
-    yield _PREFIX + "open_predictions", "Predictions without an outcome yet.", _PLUGIN, [(plugin, len(producer.ledger))]
-    yield from _of_the_ledger(plugin, producer.ledger)
-    yield from _of_the_window(plugin, producer, trainer, now_s)
-    yield from _of_the_fit(plugin, producer.model)
+def producer_gauges(producer: PredictedLatency, trainer: TrainerProcess, now_s: float) -> Iterable[Gauge]:
+    """Everything of one producer and its trainer; ``now_s`` on the clock of the samples."""
+    name, ledger = producer.name, producer.ledger
+    yield _PREFIX + "open_predictions", "Predictions without an outcome yet.", _PLUGIN, [((name,), len(ledger))]
+    fates = [((name, fate), float(count)) for fate, count in sorted(ledger.counts.items())]
+    yield _PREFIX + "outcomes_total", "Predictions by what became of them.", ("plugin_name", "fate"), fates
+    yield from predictor_gauges(
+        name, producer.model, trainer, trainer.held, ledger.accuracy, producer.classes.names, now_s
+    )
+
+
+def predictor_gauges(
+    name: str,
+    model: Model,
+    trainer: TrainerProcess,
+    held: Mapping[str, Held],
+    accuracy: Accuracy,
+    classes: Sequence[str],
+    now_s: float,
+) -> Iterable[Gauge]:
+    """The model in use, its trainer, the window it was fitted on and its live errors, whoever predicts with it."""
+    for metric, text, value in (*_of_the_model(model, now_s), *_of_the_trainer(trainer)):
+        yield _PREFIX + metric, text, _PLUGIN, [((name,), float(value))]
+    yield from _of_the_errors(name, accuracy)
+    yield from _of_the_window(name, held, classes, now_s)
+    yield from _of_the_fit(name, model)
 
 
 def _of_the_model(model: Model, now_s: float) -> Iterable[tuple[str, str, float]]:
@@ -53,14 +71,12 @@ def _of_the_trainer(trainer: TrainerProcess) -> Iterable[tuple[str, str, float]]
     yield "labels_refused_total", "Labels that were no measurement.", counts.refused
 
 
-def _of_the_ledger(plugin: tuple[str], ledger: Ledger) -> Iterable[Gauge]:
-    fates = [((*plugin, fate), float(count)) for fate, count in sorted(ledger.counts.items())]
-    yield _PREFIX + "outcomes_total", "Predictions by what became of them.", ("plugin_name", "fate"), fates
-    live: list[tuple[str, RunningError]] = [("ttft", ledger.accuracy.ttft), ("tpot", ledger.accuracy.tpot)]
-    errors = [((*plugin, name), error.mape_pct / 100.0) for name, error in live]
+def _of_the_errors(plugin: str, accuracy: Accuracy) -> Iterable[Gauge]:
+    live: list[tuple[str, RunningError]] = [("ttft", accuracy.ttft), ("tpot", accuracy.tpot)]
+    errors = [((plugin, name), error.mape_pct / 100.0) for name, error in live]
     yield _PREFIX + "live_error_ratio", "Mean absolute percentage error, newest predictions.", _TARGET, errors
     covered = [
-        ((*plugin, name, str(quantile)), share / 100.0)
+        ((plugin, name, str(quantile)), share / 100.0)
         for name, error in live
         for quantile, share in zip(QUANTILES, error.coverage_pct, strict=True)
     ]
@@ -68,31 +84,28 @@ def _of_the_ledger(plugin: tuple[str], ledger: Ledger) -> Iterable[Gauge]:
     yield _PREFIX + "live_coverage_ratio", text, (*_TARGET, "quantile"), covered
 
 
-def _of_the_window(
-    plugin: tuple[str], producer: PredictedLatency, trainer: TrainerProcess, now_s: float
-) -> Iterable[Gauge]:
-    names = producer.classes.names
+def _of_the_window(plugin: str, held: Mapping[str, Held], classes: Sequence[str], now_s: float) -> Iterable[Gauge]:
     rows = [
-        ((*plugin, target, names[one] if one < len(names) else "?"), float(count))
-        for target, held in trainer.held.items()
-        for one, count in held.rows_by_class.items()
+        ((plugin, target, classes[one] if one < len(classes) else "?"), float(count))
+        for target, one_target in held.items()
+        for one, count in one_target.rows_by_class.items()
     ]
     yield _PREFIX + "window_rows", "Labelled rows in the window.", (*_TARGET, "engine_class"), rows
     for end, text in (("oldest", "Age of the window's oldest row."), ("newest", "Age of the window's newest row.")):
-        ages = [((*plugin, target), now_s - getattr(held, f"{end}_s")) for target, held in trainer.held.items()]
+        ages = [((plugin, target), now_s - getattr(one_target, f"{end}_s")) for target, one_target in held.items()]
         yield f"{_PREFIX}window_{end}_age_seconds", text, _TARGET, ages
 
 
-def _of_the_fit(plugin: tuple[str], model: Model) -> Iterable[Gauge]:
+def _of_the_fit(plugin: str, model: Model) -> Iterable[Gauge]:
     targets = [(name, model.target(name)) for name in get_args(TargetName)]
-    rows = [((*plugin, name), float(target.rows)) for name, target in targets]
+    rows = [((plugin, name), float(target.rows)) for name, target in targets]
     yield _PREFIX + "model_rows", "Labelled rows the target was fitted on.", _TARGET, rows
-    trees = [((*plugin, name), float(len(target.trees.first_leaf))) for name, target in targets]
+    trees = [((plugin, name), float(len(target.trees.first_leaf))) for name, target in targets]
     yield _PREFIX + "model_trees", "Trees in use; 0 = the base alone.", _TARGET, trees
-    promised = [((*plugin, name), math.expm1(target.held_out_error)) for name, target in targets]
+    promised = [((plugin, name), math.expm1(target.held_out_error)) for name, target in targets]
     yield _PREFIX + "held_out_error_ratio", "Median error on rows the fit had not seen.", _TARGET, promised
     bias = [
-        ((*plugin, name, endpoint), math.exp(value))
+        ((plugin, name, endpoint), math.exp(value))
         for name, target in targets
         for endpoint, value in sorted(target.bias.items())
     ]

@@ -24,6 +24,9 @@ OUTPUT_MEMORY = 500
 """The mean output length forgets at this many replies."""
 MAX_ADAPTERS = 1000
 """LoRA adapters remembered, so that one that is loaded nowhere at the moment is still known to be one."""
+FROM_IN_FLIGHT = (
+    "inflight_requests", "inflight_prefill_tokens", "prefill_wait_ms", "resident_tokens", "uncached_tokens"
+)  # fmt: skip
 CLASS_LABELS = (
     "llm-d.ai/accelerator",
     "llm-d.ai/engine-type",
@@ -148,7 +151,7 @@ class PredictedLatency(Producer):
         self._last, began_s = None, self.timer()
         known = self._what_is_known(candidates.endpoints)
         columns = dict(candidates.columns)
-        for column in ("inflight_requests", "inflight_prefill_tokens", "resident_tokens", "uncached_tokens"):
+        for column in FROM_IN_FLIGHT:
             columns[column] = columns[f"{column}/{self._in_flight}"]
         columns |= {"engine_class": known.engine_class, "lora": self._lora(request, candidates)}
         view = Candidates(candidates.endpoints, columns)
@@ -217,22 +220,24 @@ class PredictedLatency(Producer):
             return last.ttft_ms, last.tpot_ms
         level = QUANTILES.index(quantile)
         return (
-            last.ttft_ms * self.calibrator.factor("ttft", level, last.rows),
-            last.tpot_ms * self.calibrator.factor("tpot", level, last.rows),
+            last.ttft_ms * self.calibrator.factor("ttft", level, last.rows, last.ttft_ms),
+            last.tpot_ms * self.calibrator.factor("tpot", level, last.rows, last.tpot_ms),
         )
 
     def predicted(self, candidates: Candidates, position: int) -> Prediction | None:
         if self._last is None:
             return None
         rows, ttft_ms, tpot_ms, took_s = self._last
-        ttft, tpot, group = float(ttft_ms[position]), float(tpot_ms[position]), group_of(rows[position])
+        row, ttft, tpot = rows[position], float(ttft_ms[position]), float(tpot_ms[position])
+        ttft_factors = self.calibrator.factors("ttft", group_of(row, ttft))
+        tpot_factors = self.calibrator.factors("tpot", group_of(row, tpot))
         return Prediction(
-            row=tuple(rows[position].tolist()),
+            row=tuple(row.tolist()),
             ttft_ms=ttft,
             tpot_ms=tpot,
             model_version=self.model.version,
-            ttft_quantiles_ms=tuple(ttft * factor for factor in self.calibrator.factors("ttft", group)),
-            tpot_quantiles_ms=tuple(tpot * factor for factor in self.calibrator.factors("tpot", group)),
+            ttft_quantiles_ms=tuple(ttft * factor for factor in ttft_factors),
+            tpot_quantiles_ms=tuple(tpot * factor for factor in tpot_factors),
             endpoint=candidates.endpoints[position].key,
             producer=self.name,
             took_s=took_s,

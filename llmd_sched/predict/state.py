@@ -6,13 +6,15 @@ ages are carried over. A file that is damaged, foreign or too old is not used; w
 
 from __future__ import annotations
 
+import logging
 import os
+import tempfile
 from pathlib import Path
 from typing import get_args
 
 import msgspec
 
-from llmd_sched.errors import SchedError
+from llmd_sched.errors import ConfigError, SchedError
 from llmd_sched.predict import blob
 from llmd_sched.predict.base import TargetName
 from llmd_sched.predict.model import BadModel, Model
@@ -22,6 +24,7 @@ MAX_AGE_S = 7 * 86_400.0
 """What was learned a week ago is worth less than a cold start that knows it is one."""
 MAX_BYTES = 256 << 20
 
+_log = logging.getLogger(__name__)
 _MAGIC = b"llmd-sched predictor state 1\n"
 
 
@@ -55,6 +58,22 @@ class Restored(msgspec.Struct, frozen=True, eq=False):
         return window
 
 
+def prepare(folder: str, producer: str) -> Path | None:
+    """Where the predictor of this name keeps its state; None without a folder, which is made if need be.
+
+    ConfigError when it cannot be written to.
+    """
+    if not folder:
+        return None
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise ConfigError(f"cannot write to {folder}: {e.strerror}", "--predictor-state-dir") from None
+    return Path(folder) / file_name(producer)
+
+
 def file_name(producer: str) -> str:
     """Of the state of one predictor, inside the state directory."""
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in producer) + ".predictor-state"
@@ -73,6 +92,19 @@ def save(path: Path, model: Model, window: Window, now_s: float, wall_s: float) 
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def restored(path: Path, now_s: float, wall_s: float) -> Restored | None:
+    """``load``, for whoever starts: what was found and what cannot be used is said in the log."""
+    try:
+        found = load(path, now_s, wall_s)
+    except BadState as e:
+        _log.warning("the predictor starts cold, its saved state cannot be used: %s", e)
+        return None
+    if found is not None:
+        rows = ", ".join(f"{len(held.y_ms)} {name.upper()}" for name, held in found.rows.items())
+        _log.info("restored model %d and %s rows, %.0f s old", found.model.version, rows, found.age_s)
+    return found
 
 
 def load(path: Path, now_s: float, wall_s: float) -> Restored | None:

@@ -38,7 +38,7 @@ def test_more_load_never_makes_a_preset_faster(preset: str, target: base.TargetN
 
 def test_a_known_law_is_found_again() -> None:
     rows = random_rows(600)
-    truth = np.array([40.0, 0.1, 0.0, 0.0, 0.09, 0.5, 10.0, 0.0, 0.0, 0.0])
+    truth = np.array([40.0, 0.1, 0.0, 0.0, 0.09, 0.0, 0.5, 10.0, 0.0, 0.0, 0.0])
     y = base.ttft_terms(rows) @ truth * np.exp(0.05 * RNG.normal(size=600))
     found = base.fit(base.ttft_terms(rows), y, np.ones(600), np.array(base.COLD_START["default"].ttft))
     assert relative_error(found, rows, base.ttft_terms(rows) @ truth) < 0.03
@@ -47,7 +47,7 @@ def test_a_known_law_is_found_again() -> None:
 
 def test_a_few_huge_stalls_do_not_steer_the_base() -> None:
     rows = random_rows(400)
-    truth = np.array([40.0, 0.1, 0.0, 0.0, 0.09, 0.5, 0.0, 0.0, 0.0, 0.0])
+    truth = np.array([40.0, 0.1, 0.0, 0.0, 0.09, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0])
     clean = base.ttft_terms(rows) @ truth
     stalled = clean.copy()
     stalled[::40] *= 100.0
@@ -92,7 +92,7 @@ def test_a_new_class_starts_at_its_own_level_with_the_pools_shape() -> None:
     classes = np.zeros(300, dtype=np.int64)
     classes[-8:] = 1
     rows[:, f.ENGINE_CLASS] = classes
-    truth = np.array([40.0, 0.1, 0.0, 0.0, 0.09, 0.5, 10.0, 0.0, 0.0, 0.0])
+    truth = np.array([40.0, 0.1, 0.0, 0.0, 0.09, 0.0, 0.5, 10.0, 0.0, 0.0, 0.0])
     y = base.ttft_terms(rows) @ truth * np.where(classes == 1, 3.0, 1.0)
     prior = np.array(base.COLD_START["default"].ttft)
     table = base.fit_classes(base.ttft_terms(rows), y, np.ones(300), classes, prior, ridge_rows=10.0)

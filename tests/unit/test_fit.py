@@ -169,6 +169,15 @@ def test_any_number_of_rows_can_be_fitted(count: int) -> None:
         assert all(np.isfinite(times_ms).all() for times_ms in model.predict(engine.rows(50)))
 
 
+def test_rows_that_are_all_the_same_are_fitted_by_the_base_alone() -> None:
+    engine = Engine()
+    row = tuple(engine.rows(1)[0].tolist())
+    same = [Sample(row, 100.0 + number % 3, 20.0, 0.0, 0.0, 0, float(number)) for number in range(100)]
+    model = next_model(window_of(same), None, version=1, now_s=0.0)
+    assert model is not None
+    assert model.predict(np.array([row]))[0][0] == pytest.approx(101.0, rel=0.02)
+
+
 def test_the_same_window_gives_the_same_model() -> None:
     one, two = (next_model(window_of(Engine().samples(300)), None, version=1, now_s=0.0) for _ in range(2))
     assert one is not None

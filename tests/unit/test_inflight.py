@@ -88,6 +88,36 @@ def test_what_a_request_has_generated_grows_as_its_prediction_had_it() -> None:
     assert resident(1e6) == [0.0, 0.0]
 
 
+def test_the_wait_for_the_prompts_ahead_shrinks_as_time_passes_and_ends_with_them() -> None:
+    live = InFlightLoadProducer().open(INFLIGHT)
+    members = endpoints(1)
+    live.endpoints_changed(members)
+    plain = Candidates(members, {})
+
+    def wait_ms(now_s: float) -> float:
+        return float(live.produce(request(), plain, now_s)[f"prefill_wait_ms/{INFLIGHT}"][0])
+
+    def send(ticket: str, at_s: float, ttft_ms: float | None) -> None:
+        asked = request(input_tokens=100)
+        view = plain.with_columns(live.produce(asked, plain, at_s))
+        said = None if ttft_ms is None else Prediction(row=(), ttft_ms=ttft_ms, tpot_ms=1.0, model_version=1)
+        live.chosen(decision(ticket, asked, members[0], said), view, 0, at_s)
+
+    assert wait_ms(0.0) == 0.0
+    send("a", 10.0, 500.0)
+    send("b", 10.1, 100.0)  # done before the first
+    assert wait_ms(10.1) == pytest.approx(400.0)
+    assert wait_ms(10.6) == 0.0  # overdue
+    send("c", 10.6, 200.0)
+    for ticket in "ab":
+        live.first_token(ticket, 10.7)
+    assert wait_ms(10.7) == pytest.approx(100.0)
+    live.first_token("c", 10.7)
+    assert wait_ms(10.7) == 0.0  # earlier than predicted, and nothing is ahead any more
+    send("d", 20.0, None)
+    assert wait_ms(20.0) == 0.0
+
+
 @pytest.mark.parametrize("end", list(End))
 def test_every_kind_of_end_gives_everything_back(end: End) -> None:
     bench = Bench()

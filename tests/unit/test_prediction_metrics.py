@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from llmd_sched.predict.frames import Counts, Held
-from llmd_sched.predict.gauges import predictor_gauges
+from llmd_sched.predict.gauges import producer_gauges
 from llmd_sched.predict.model import Model
 from llmd_sched.predict.producer import PredictedLatencyProducer
 from llmd_sched.predict.trainer import TrainerProcess
@@ -135,7 +135,7 @@ def test_the_predictor_shows_what_one_needs_to_believe_or_distrust_it() -> None:
     trainer = TrainerProcess(producer.model)
     trainer.counts = Counts(samples=400, refused=2, fits=12, failed=1, published=9, rejected=3, drifts=4, fallbacks=5)
     trainer.held = {"ttft": Held({0: 20, 1: 301}, oldest_s=40.0, newest_s=99.0)}
-    exposed.telemetry.pull(lambda: predictor_gauges(producer, trainer, 100.0))
+    exposed.telemetry.pull(lambda: producer_gauges(producer, trainer, 100.0))
 
     def value(name: str, **labels: str) -> float | None:
         return exposed.value(f"llm_d_epp_predictor_{name}", plugin_name="p", **labels)

@@ -1,0 +1,350 @@
+"""A cluster in virtual time: engines as step machines behind the very router that serves.
+
+    arrival -> Router.choose -> engine steps -> first token, end -> Router.finish -> Sample -> trainer -> next model
+
+All that happens is an entry of one heap, in the order of time, then kind (``_Order``), then age, and all randomness
+is seeded. So a run is a function of the spec and the arrivals, and two runs agree bit by bit.
+
+What a real system adds is constants here: ``network_s`` each way between router and engine, ``report_delay_s`` until
+the access log tells the end of a request. The router itself takes no time; clients are as near as it is.
+"""
+
+from __future__ import annotations
+
+import enum
+import heapq
+import math
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count
+from random import Random
+from typing import Any, assert_never
+
+from llmd_sched.catalog import build_router, resolve
+from llmd_sched.config import load
+from llmd_sched.errors import RequestError
+from llmd_sched.pool.pool import Load, Pool
+from llmd_sched.predict.producer import PredictedLatency
+from llmd_sched.sim.engine import Engine, Refusal, SimRequest, Step
+from llmd_sched.sim.kvcache import BLOCK_TOKENS
+from llmd_sched.sim.openai import block_hashes
+from llmd_sched.sim.scenario import (
+    Arrival,
+    ClusterSpec,
+    EngineSpec,
+    Event,
+    Fail,
+    Join,
+    Leave,
+    Record,
+    Slow,
+)
+from llmd_sched.types import Decision, End, Endpoint, Outcome, Prediction
+
+REAP_EVERY_S = 1.0
+"""As ``app`` does."""
+
+_STATUS_OF = {Refusal.TOO_LONG: 400, Refusal.QUEUE_FULL: 503}
+"""What the simulated server answers."""
+
+
+class _Order(enum.IntEnum):
+    """Of things at the same time: what has happened comes before what is decided upon it."""
+
+    STEP = enum.auto()
+    REPORT = enum.auto()
+    EVENT = enum.auto()
+    SCRAPE = enum.auto()
+    TRAINER = enum.auto()
+    REAP = enum.auto()
+    ARRIVAL = enum.auto()
+
+
+class _Flight:
+    """A request on its way through an engine."""
+
+    __slots__ = ("arrival", "cached_tokens", "decision", "first_s")
+
+    def __init__(self, arrival: Arrival, decision: Decision) -> None:
+        self.arrival = arrival
+        self.decision = decision
+        self.cached_tokens = 0
+        self.first_s: float | None = None
+        """When the first token reached the router."""
+
+
+class _Server:
+    """An engine, the requests it holds by ticket, and its fate."""
+
+    __slots__ = ("alive", "awake", "endpoint", "engine", "flights", "listed", "rng", "slowdown", "spec")
+
+    def __init__(self, spec: EngineSpec, seed: int) -> None:
+        name = spec.endpoint.name
+        self.spec = spec
+        self.endpoint = spec.endpoint
+        self.engine = Engine(spec.engine, Random(f"{seed} noise of {name}"))
+        self.rng = Random(f"{seed} stalls of {name}")
+        self.slowdown = spec.slowdown
+        self.flights: dict[str, _Flight] = {}
+        self.alive = True
+        self.listed = True
+        """By discovery."""
+        self.awake = False
+        """A step is under way, or one is due."""
+
+    def end_s(self, step: Step) -> float:
+        """When the step really ends; the engine itself knows nothing of slowdowns and stalls."""
+        duration_s = step.duration_s * self.slowdown
+        if self.spec.stall_every_s < math.inf:
+            stalls = self.rng.random() < -math.expm1(-duration_s / self.spec.stall_every_s)
+            duration_s += self.spec.stall_s * stalls
+        return step.start_s + duration_s
+
+    def read(self) -> Load | None:
+        """What its metrics page says; None when it refuses connections."""
+        if not self.alive:
+            return None
+        return Load(
+            waiting=float(self.engine.waiting),
+            running=float(self.engine.running),
+            kv_usage=self.engine.kv_usage,
+            block_tokens=float(BLOCK_TOKENS),
+            cache_blocks=float(self.spec.engine.preset.kv_blocks),
+        )
+
+
+class Cluster:
+    """One run. ConfigError for a bad configuration, ValueError for two engines of one name."""
+
+    def __init__(self, spec: ClusterSpec) -> None:
+        self.spec = spec
+        self.now_s = 0.0
+        self.records: list[Record] = []
+        """Of the requests that have ended, in the order in which the router learned it."""
+        self.pool = Pool(spec.stale_after_s)
+        self.router = build_router(resolve(load(spec.config)), self.pool, Random(f"{spec.seed} router"))
+        self.producers = [p for p in self.router.producers if isinstance(p, PredictedLatency)]
+        self.trainers = [(p, spec.trainer(p.model)) for p in self.producers if spec.trainer is not None]
+        for producer, trainer in self.trainers:
+            producer.on_sample = trainer.add
+        self._servers: dict[str, _Server] = {}
+        self._heap: list[tuple[float, int, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._serials = count()
+        self._arrivals: Iterator[Arrival] = iter(())
+        self._open = 0
+        """Requests without a record, the one that arrives next included."""
+        for one in spec.engines:
+            self._join(one)
+        for event in spec.events:
+            self._at(event.at_s, _Order.EVENT, self._happen, event)
+        self._every(spec.scrape_interval_s, _Order.SCRAPE, self._scrape)
+        self._every(spec.trainer_interval_s, _Order.TRAINER, self._train)
+        self._every(REAP_EVERY_S, _Order.REAP, self._reap)
+
+    def run(self, arrivals: Iterable[Arrival]) -> list[Record]:
+        """Until all have ended; returns ``records``. ``arrivals`` come in the order of ``at_s``, and are read as time
+        passes, one ahead. ValueError when one lies in the past; RuntimeError when a producer failed, which the router
+        survives and a measurement does not."""
+        self._arrivals = iter(arrivals)
+        self._expect_arrival()
+        while self._open:
+            self.now_s, _, _, act, arguments = heapq.heappop(self._heap)
+            act(*arguments)
+        self._reap()
+        return self.records
+
+    def _at(self, at_s: float, order: _Order, act: Callable[..., Any], *arguments: Any) -> None:
+        if not at_s >= self.now_s:
+            raise ValueError(f"nothing can be planned for {at_s} s when it is {self.now_s} s")
+        heapq.heappush(self._heap, (at_s, order, next(self._serials), act, arguments))
+
+    def _every(self, interval_s: float, order: _Order, act: Callable[[], None], rounds: int = 0) -> None:
+        act()
+        self._at((rounds + 1) * interval_s, order, self._every, interval_s, order, act, rounds + 1)
+
+    def _expect_arrival(self) -> None:
+        one = next(self._arrivals, None)
+        if one is not None:
+            self._open += 1
+            self._at(one.at_s, _Order.ARRIVAL, self._arrive, one)
+
+    def _arrive(self, one: Arrival) -> None:
+        self._expect_arrival()
+        try:
+            decision = self.router.choose(one.request, None, self.now_s)
+        except RequestError as error:
+            self._close(_record(one, None, Outcome(end=End.FINISHED, status=error.status)))
+            return
+        if self.spec.path == "lean" and decision.prediction is not None:
+            self.router.expect_first_token(decision.ticket, self.now_s + decision.prediction.ttft_ms / 1e3)
+        self._send(_Flight(one, decision))
+
+    def _send(self, flight: _Flight) -> None:
+        server, asked = self._servers[flight.decision.picked[0].name], flight.arrival.request
+        reached_s = self.now_s + self.spec.network_s
+        if not server.alive:
+            self._end(flight, End.UPSTREAM_FAILED, 503, reached_s)
+            return
+        sent = SimRequest(
+            id=flight.decision.ticket,
+            prompt_tokens=asked.input_tokens,
+            output_tokens=flight.arrival.output_tokens,
+            arrival_s=reached_s,
+            block_hashes=block_hashes(b"".join(asked.prompts), asked.cache_salt),
+        )
+        refusal = server.engine.submit(sent)
+        if refusal is not None:
+            self._end(flight, End.FINISHED, _STATUS_OF[refusal], reached_s)
+            return
+        server.flights[sent.id] = flight
+        if not server.awake:
+            self._wait(server)
+
+    def _wait(self, server: _Server) -> None:
+        """For the next request that is still being tokenised, if there is one."""
+        ready_s = server.engine.next_ready_s
+        server.awake = ready_s is not None
+        if ready_s is not None:
+            self._at(ready_s, _Order.STEP, self._advance, server)
+
+    def _advance(self, server: _Server, ended: Step | None = None) -> None:
+        """The step under way, if there was one, has ended: its tokens come out and the next begins."""
+        if not server.alive:
+            return
+        if ended is not None:
+            self._emit(server, ended)
+        step = server.engine.step(self.now_s)
+        if step is None:
+            self._wait(server)
+        else:
+            self._at(server.end_s(step), _Order.STEP, self._advance, server, step)
+
+    def _emit(self, server: _Server, step: Step) -> None:
+        flights = server.flights
+        for ticket, cached_tokens in step.admitted:
+            flights[ticket].cached_tokens = cached_tokens
+        for ticket in step.first:
+            self._first_token(flights[ticket])
+        for ticket in step.finished:
+            self._end(flights.pop(ticket), End.FINISHED, 200, self.now_s)
+
+    def _first_token(self, flight: _Flight) -> None:
+        flight.first_s = self.now_s + self.spec.network_s
+        if self.spec.path == "duplex" and flight.arrival.request.streaming:
+            ticket, first_s = flight.decision.ticket, flight.first_s
+            self._at(first_s, _Order.REPORT, self.router.first_token, ticket, first_s)
+
+    def _end(self, flight: _Flight, end: End, status: int, at_s: float) -> None:
+        """The engine is done with the request ``at_s``; the router learns it later."""
+        seen_s = at_s + self.spec.network_s
+        delay_s = self.spec.report_delay_s if self.spec.path == "lean" else 0.0
+        outcome = _outcome(flight, end, status, seen_s)
+        self._at(seen_s + delay_s, _Order.REPORT, self._report, flight, outcome)
+
+    def _report(self, flight: _Flight, outcome: Outcome) -> None:
+        self.router.finish(flight.decision.ticket, outcome, self.now_s)
+        self._close(_record(flight.arrival, flight, outcome))
+
+    def _close(self, record: Record) -> None:
+        self.records.append(record)
+        self._open -= 1
+
+    def _happen(self, event: Event) -> None:
+        match event:
+            case Join(spec=spec):
+                self._join(spec)
+            case Leave(name=name):
+                self._servers[name].listed = False
+                self._list()
+            case Fail(name=name):
+                self._fail(self._servers[name])
+            case Slow(name=name, slowdown=slowdown):
+                self._servers[name].slowdown = slowdown
+            case _:
+                assert_never(event)
+
+    def _join(self, spec: EngineSpec) -> None:
+        before = self._servers.get(spec.endpoint.name)
+        if before is not None and before.alive and before.listed:
+            raise ValueError(f"there are two engines named {spec.endpoint.name!r}")
+        self._servers[spec.endpoint.name] = _Server(spec, self.spec.seed)
+        self._list()
+
+    def _list(self) -> None:
+        self.pool.apply(server.endpoint for server in self._servers.values() if server.listed)
+
+    def _fail(self, server: _Server) -> None:
+        server.alive = False
+        for flight in server.flights.values():
+            # The headers of a stream come before its first token, as with vLLM.
+            self._end(flight, End.UPSTREAM_FAILED, 200 if flight.arrival.request.streaming else 503, self.now_s)
+        server.flights.clear()
+
+    def _scrape(self) -> None:
+        pages = [(server.endpoint, server.read()) for server in self._servers.values() if server.listed]
+        self._at(self.now_s + self.spec.scrape_delay_s, _Order.SCRAPE, self._learn, pages)
+
+    def _learn(self, pages: list[tuple[Endpoint, Load | None]]) -> None:
+        for endpoint, page in pages:
+            if page is None:
+                self.pool.record_failure(endpoint)
+            else:
+                self.pool.record(endpoint, page, self.now_s)
+
+    def _train(self) -> None:
+        for producer, trainer in self.trainers:
+            trainer.classes = producer.classes.names
+            model = trainer.tick(self.now_s)
+            if model is not None:
+                self._at(self.now_s + self.spec.publish_delay_s, _Order.TRAINER, producer.publish, model)
+
+    def _reap(self) -> None:
+        if self.router.last_producer_error:
+            raise RuntimeError(f"a producer failed at or before {self.now_s} s: {self.router.last_producer_error}")
+        self.router.reap(self.now_s)
+        for producer in self.producers:
+            producer.ledger.expire(self.now_s)
+
+
+def _outcome(flight: _Flight, end: End, status: int, now_s: float) -> Outcome:
+    """As either path reads it off a reply; token counts come with ``usage``, at the end of a complete one."""
+    asked, sent_s = flight.arrival.request, flight.decision.at_s
+    streamed = asked.streaming and status == 200
+    complete = end is End.FINISHED and status == 200
+    return Outcome(
+        end=end,
+        status=status,
+        ttft_ms=(flight.first_s - sent_s) * 1e3 if streamed and flight.first_s is not None else None,
+        e2e_ms=(now_s - sent_s) * 1e3,
+        prompt_tokens=asked.input_tokens if complete else None,
+        cached_tokens=flight.cached_tokens if complete else None,
+        output_tokens=flight.arrival.output_tokens if complete else None,
+        streamed=streamed,
+    )
+
+
+_NOT_PREDICTED = Prediction(row=(), ttft_ms=math.nan, tpot_ms=math.nan, model_version=-1)
+
+
+def _record(one: Arrival, flight: _Flight | None, outcome: Outcome) -> Record:
+    """``flight`` is None when the router refused."""
+    prediction = (flight and flight.decision.prediction) or _NOT_PREDICTED
+    return Record(
+        request_id=one.request.id,
+        arrival_s=one.at_s,
+        endpoint=flight.decision.picked[0].name if flight else "",
+        model_version=prediction.model_version,
+        predicted_ttft_ms=prediction.ttft_ms,
+        predicted_tpot_ms=prediction.tpot_ms,
+        ttft_ms=_known(outcome.ttft_ms),
+        tpot_ms=_known(outcome.tpot_ms),
+        e2e_ms=_known(outcome.e2e_ms),
+        end=outcome.end.value if flight else "refused",
+        status=outcome.status,
+        input_tokens=one.request.input_tokens,
+        cached_tokens=flight.cached_tokens if flight else 0,
+        output_tokens=outcome.output_tokens or 0,
+    )
+
+
+def _known(value_ms: float | None) -> float:
+    return math.nan if value_ms is None else value_ms
