@@ -48,7 +48,7 @@ class Recipe:
     noise_errors: float = 2.0
     """A candidate that errs more than the model in use, by more standard errors of the difference, is refused. With
     0 (it must err less, noise or not) half of all fits are refused for nothing and the recorded traces err by up to a
-    tenth more. After drift, an unusual candidate is preferred when the usual one errs more by as much."""
+    tenth more."""
 
 
 DEFAULT = Recipe()

@@ -14,7 +14,7 @@ from llmd_sched.predict import base
 from llmd_sched.predict.base import TargetName
 from llmd_sched.predict.fit import DEFAULT, Fitted, Recipe, endpoint_bias, fit_part, no_bias, part_of
 from llmd_sched.predict.forest import no_trees, parse
-from llmd_sched.predict.model import Model, Target
+from llmd_sched.predict.model import Made, Model, Target
 from llmd_sched.predict.window import Labelled, Window
 from llmd_sched.types import QUANTILES, Array
 
@@ -62,20 +62,37 @@ def next_target(
         return None
     prior = np.array(getattr(base.COLD_START[current.preset], name))
     if rows < recipe.rows_before_trees:
-        return _target(data, fit_part(name, part_of(data, recipe), prior, 0, recipe), 0, no_bias(data), None)
+        return _target(
+            data, fit_part(name, part_of(data, recipe), prior, 0, recipe), 0, no_bias(data), Made.USUAL, None
+        )
     held = _held_out(data.at_s, old.newest_s, recipe, every_other=drifted)
-    candidates = [_fresh(name, data, held, prior, recipe)]
     in_use = _in_use(name, data, current)
+    # After drift, too, the usual fit has to foresee what is new without having seen half of it: whatever tells one
+    # minute from another would pass for a cause.
+    candidates = [_fresh(name, data, held, ~(held.all | held.unseen), prior, recipe, Made.USUAL)]
     if drifted:
         short = replace(recipe, half_life_rows=SHORT_MEMORY * recipe.half_life_rows)
-        candidates.append(_fresh(name, data, held, prior, short))
-        candidates += [_other_level(old, data, held, in_use), _base_alone(name, old, data, held)]
-    best = candidates[0]
-    for other in candidates[1:]:
-        if _excess(best.error[held.newest], other.error[held.newest]) > recipe.noise_errors:
-            best = other
-    passes = _excess(best.error[held.newest], in_use[held.newest]) <= recipe.noise_errors
-    return best.finish() if passes else None
+        candidates.append(_fresh(name, data, held, ~held.all, prior, short, Made.SHORT_MEMORY))
+        candidates.append(_other_level(old, data, held, in_use))
+        if len(old.trees.first_leaf):
+            candidates.append(_base_alone(name, old, data, held))
+    return _choose([(one, one.error[held.newest]) for one in candidates], in_use[held.newest], recipe)
+
+
+def _choose(judged: list[tuple[_Candidate, Array]], in_use: Array, recipe: Recipe) -> Target | None:
+    """The usual fit, which comes first, unless it is worse; then whichever else there is that does best.
+
+    Without rivals, worse means by more than noise explains. With rivals the target has drifted: then the usual fit
+    must err no more than the model in use, and not clearly more than its best rival; what has gone wrong once shall
+    not again by a mere draw.
+    """
+    (usual, error), *rivals = judged
+    if not rivals:
+        return usual.finish() if _excess(error, in_use) <= recipe.noise_errors else None
+    best, least = min(rivals, key=lambda rival: float(_percent(rival[1]).mean()))
+    if _excess(error, in_use) <= 0.0 and _excess(error, least) <= recipe.noise_errors:
+        return usual.finish()
+    return best.finish() if _excess(least, in_use) <= 0.0 else None
 
 
 class _HeldOut(NamedTuple):
@@ -108,10 +125,18 @@ class _Candidate(NamedTuple):
     """The target as it would serve."""
 
 
-def _fresh(name: TargetName, data: Labelled, held: _HeldOut, prior: Array, recipe: Recipe) -> _Candidate:
-    """Base and trees from the preset up."""
+def _fresh(
+    name: TargetName,
+    data: Labelled,
+    held: _HeldOut,
+    seen_rows: NDArray[np.bool_],
+    prior: Array,
+    recipe: Recipe,
+    made: Made,
+) -> _Candidate:
+    """Base and trees from the preset up, tried on ``seen_rows`` alone."""
     part = part_of(data, recipe)
-    seen = part.keep(~held.all)
+    seen = part.keep(seen_rows)
     fitted = fit_part(name, seen, prior, recipe.trees, recipe)
     bias = endpoint_bias(fitted.log_error(name, seen, recipe.trees), seen, data, recipe)
     choices = (recipe.trees, recipe.trees // 2, recipe.trees // 4, 0)
@@ -123,7 +148,7 @@ def _fresh(name: TargetName, data: Labelled, held: _HeldOut, prior: Array, recip
     def finish() -> Target:
         final = fit_part(name, part.without(bias), prior, trees, recipe)
         whole_bias = endpoint_bias(final.log_error(name, part, trees), part, data, recipe)
-        return _target(data, final, trees, whole_bias, error[held.all])
+        return _target(data, final, trees, whole_bias, made, error[held.all])
 
     return _Candidate(error, finish)
 
@@ -134,7 +159,7 @@ def _other_level(old: Target, data: Labelled, held: _HeldOut, in_use: Array) -> 
 
     def finish() -> Target:
         whole_level = float(np.median(in_use[held.unseen]))
-        judged = _judged(data, in_use[held.newest] - level)
+        judged = _judged(data, Made.OTHER_LEVEL, in_use[held.newest] - level)
         return msgspec.structs.replace(old, coefficients=old.coefficients * np.exp(-whole_level), **judged)
 
     return _Candidate(in_use - level, finish)
@@ -144,7 +169,7 @@ def _base_alone(name: TargetName, old: Target, data: Labelled, held: _HeldOut) -
     """The target in use without its trees."""
     alone, part = Fitted(old.coefficients, None), part_of(data, DEFAULT)
     error = alone.log_error(name, part, 0) + _log_bias(old, data)[data.endpoint]
-    judged = _judged(data, error[held.newest])
+    judged = _judged(data, Made.BASE_ALONE, error[held.newest])
     return _Candidate(error, lambda: msgspec.structs.replace(old, trees=no_trees(), **judged))
 
 
@@ -171,18 +196,20 @@ def _excess(one: Array, other: Array) -> float:
     return float(more.mean() / max(noise, 1e-9))
 
 
-def _target(data: Labelled, fitted: Fitted, trees: int, bias: Array, held_out_error: Array | None) -> Target:
+def _target(
+    data: Labelled, fitted: Fitted, trees: int, bias: Array, made: Made, held_out_error: Array | None
+) -> Target:
     return Target(
         fitted.coefficients,
         no_trees() if fitted.booster is None else parse(fitted.booster.model_to_string(num_iteration=trees)),
         bias={data.endpoints[i]: float(bias[i]) for i in np.flatnonzero(bias)},
-        **_judged(data, held_out_error),
+        **_judged(data, made, held_out_error),
     )
 
 
-def _judged(data: Labelled, held_out_error: Array | None) -> dict[str, Any]:
+def _judged(data: Labelled, made: Made, held_out_error: Array | None) -> dict[str, Any]:
     """What a target says of its own making."""
-    facts: dict[str, Any] = {"rows": len(data.y_ms), "newest_s": float(data.at_s[-1])}
+    facts: dict[str, Any] = {"made": made, "rows": len(data.y_ms), "newest_s": float(data.at_s[-1])}
     if held_out_error is not None:
         facts["held_out_error"] = float(np.median(np.abs(held_out_error)))
         facts["held_out_quantiles"] = tuple(np.quantile(-held_out_error, QUANTILES).tolist())

@@ -12,22 +12,19 @@ from llmd_sched.predict.base import TargetName
 from llmd_sched.predict.fit import DEFAULT, Recipe
 from llmd_sched.predict.frames import Counts
 from llmd_sched.predict.gate import next_model
-from llmd_sched.predict.model import Model
+from llmd_sched.predict.model import Made, Model
 from llmd_sched.predict.window import Window
 from llmd_sched.types import Sample
 
-NEW_SHARE = 0.02
+NEW_SHARE = 0.04
 """A refit waits for this share of the window to be new: what changes little is worth few refits."""
-
-ALERT_FITS = 5
-"""So many fits after drift, a short memory competes with the usual one."""
 
 
 class InlineTrainer:
     """Refits when enough is new or a target drifted, at most every ``interval_s``. ``model`` is the one in use.
 
-    The first fit comes with the ``first_samples``-th sample, later ones with ``least_new`` more each, or a fiftieth
-    of the window if that is more.
+    The first fit comes with the ``first_samples``-th sample, later ones with ``least_new`` more each, or
+    ``NEW_SHARE`` of the window if that is more.
     """
 
     def __init__(
@@ -51,7 +48,8 @@ class InlineTrainer:
         self._not_before_s = -math.inf
         self._drift = {name: Drift() for name in get_args(TargetName)}
         self._drifted: set[TargetName] = set()
-        self._alert: dict[TargetName, int] = {}
+        self._alert: set[TargetName] = set()
+        """Targets that drifted and have not had a usual fit since."""
         self._judged_from: dict[TargetName, int] = dict.fromkeys(get_args(TargetName), 1)
         """What an older version said, the preset or one that drift has replaced, is no news when it turns out wrong."""
 
@@ -85,10 +83,9 @@ class InlineTrainer:
         held = max(self.window.size(name) for name in get_args(TargetName))
         self._next_fit_at = self.counts.samples + max(self._least_new, int(NEW_SHARE * held))
         self._not_before_s = now_s + self._interval_s
-        self._alert.update(dict.fromkeys(self._drifted, ALERT_FITS))
-        drifted = frozenset(name for name, fits in self._alert.items() if fits)
-        self._alert = {name: max(0, fits - 1) for name, fits in self._alert.items()}
+        self._alert |= self._drifted
         self._drifted.clear()
+        drifted = frozenset(self._alert)
         candidate = next_model(
             self.window,
             self.model,
@@ -115,8 +112,9 @@ class InlineTrainer:
                 continue
             if name in drifted and candidate is not None:
                 self._judged_from[name] = candidate.version
-            if name in drifted and len(old.trees.first_leaf) and not len(new.trees.first_leaf):
-                self.counts.fallbacks += 1
+            if new.made is Made.USUAL:
+                self._alert.discard(name)
+            self.counts.fallbacks += new.made is Made.BASE_ALONE
 
 
 class Drift:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -30,12 +31,27 @@ class BadModel(SchedError):
     """The bytes are not a model this version can read."""
 
 
+class Made(enum.StrEnum):
+    """How a target came to be."""
+
+    PRESET = "preset"
+    USUAL = "usual"
+    """Fitted as ever."""
+    SHORT_MEMORY = "short memory"
+    """After drift: fitted mostly to the newest rows."""
+    OTHER_LEVEL = "other level"
+    """After drift: the one before, times one number."""
+    BASE_ALONE = "base alone"
+    """After drift: the one before, without its trees."""
+
+
 class Target(msgspec.Struct, frozen=True, eq=False):
     """One fitted target."""
 
     coefficients: NDArray[np.float64]
     """(1 + classes, terms) of ``base.TTFT_TERMS`` or ``base.TPOT_TERMS``, ms per unit: the pool's line first."""
     trees: Trees
+    made: Made = Made.PRESET
     rows: int = 0
     """How many labelled rows it was fitted on."""
     newest_s: float = -np.inf

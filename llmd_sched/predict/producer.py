@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from llmd_sched.predict.ledger import Ledger
 from llmd_sched.predict.model import Model
 from llmd_sched.types import QUANTILES, Array, Candidates, Decision, End, Endpoint, Outcome, Prediction, Request, Sample
 
-FIRST_OUTPUT_GUESS_TOKENS = 200.0
+FIRST_OUTPUT_GUESS_TOKENS = 256.0
 OUTPUT_MEMORY = 500
 """The mean output length forgets at this many replies."""
 MAX_ADAPTERS = 1000
@@ -190,9 +191,10 @@ class PredictedLatency(Producer):
         return np.where(loaded, 1.0, 2.0) if len(loaded) else np.full(len(candidates.endpoints), 2.0)
 
     def _expected_output_tokens(self, request: Request) -> float:
-        if request.max_output_tokens is None:
-            return self._mean_output_tokens
-        return min(self._mean_output_tokens, float(request.max_output_tokens))
+        """What the client allows, or the mean so far if that is less: to a power of two, for a number that creeps
+        with time would be a clock in the row, and the trees would read it."""
+        usual = 2.0 ** round(math.log2(max(self._mean_output_tokens, 1.0)))
+        return usual if request.max_output_tokens is None else min(usual, float(request.max_output_tokens))
 
     def _headrooms(self, request: Request, endpoints: list[Endpoint], last: _Last) -> tuple[Array, Array]:
         """SLO minus prediction. Without any SLO minus the prediction, so that the lowest is best; with only one

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import log
 from random import Random
 
 import numpy as np
@@ -35,9 +34,10 @@ class WeightedRandomPicker(Picker, frozen=True):
     """
 
     def order(self, scores: Array, rng: Random) -> NDArray[np.intp]:
-        draws = [1.0 - rng.random() for _ in scores]  # in (0, 1]
-        keys = [(True, log(u) / s) if s > 0 else (False, u) for u, s in zip(draws, scores.tolist(), strict=True)]
-        return np.array(sorted(range(len(keys)), key=keys.__getitem__, reverse=True), dtype=np.intp)
+        draws = np.array([1.0 - rng.random() for _ in range(len(scores))])  # in (0, 1]
+        positive = scores > 0
+        keys = np.where(positive, np.log(draws) / np.where(positive, scores, 1.0), draws)
+        return np.lexsort((-keys, ~positive))
 
 
 def _shuffled(n: int, rng: Random) -> NDArray[np.intp]:

@@ -273,7 +273,7 @@ def test_the_expected_output_is_the_clients_cap_or_the_mean_seen_so_far() -> Non
         bench.send(str(i))
         bench.live.finished(str(i), streamed(output_tokens=tokens), 1.0)
     bench.live.finished("x", streamed(status=500, output_tokens=9999), 1.0)
-    assert expected(bench) == 60
+    assert expected(bench) == 64  # of 60: the mean creeps, and must not be a clock in the row
 
 
 def test_more_than_a_hundred_endpoints_are_predicted_at_once() -> None:
