@@ -34,6 +34,13 @@ def documents(rate_per_s: float, end_s: float, seed: int = 1) -> Iterator[Arriva
         yield arrival(at_s, rng.bytes(4 * int(rng.integers(400, 3000))), int(rng.integers(20, 200)))
 
 
+def every_other_whole(arrivals: Iterator[Arrival]) -> Iterator[Arrival]:
+    """Half of the requests ask for a whole reply instead of a stream."""
+    for number, one in enumerate(arrivals):
+        request = msgspec.structs.replace(one.request, streaming=number % 2 == 0)
+        yield msgspec.structs.replace(one, request=request)
+
+
 def run(engines: list[EngineSpec], arrivals: Iterator[Arrival], *events: Event) -> tuple[Cluster, list[Record]]:
     cluster = Cluster(ClusterSpec(config=CONFIG, engines=engines, events=events, seed=1))
     return cluster, cluster.run(arrivals)
@@ -89,3 +96,15 @@ def test_engines_that_become_slower_are_followed_within_seconds() -> None:
     cluster, records = run(pool, documents(8.0, 70.0), *slower)
     assert error_pct(records, "ttft", since_s=55.0) < 12.0
     assert cluster.trainers[0][1].counts.drifts > 0  # type: ignore[attr-defined]
+
+
+def test_whole_replies_among_streams_teach_nothing_wrong() -> None:
+    pool = [engine(f"h100-{i}", H100, "H100") for i in range(2)]
+    cluster, records = run(pool, every_other_whole(documents(10.0, 50.0)))
+    streamed = [r for r in records if np.isfinite(r.ttft_ms)]
+    assert 0.4 < len(streamed) / len(records) < 0.6
+    assert error_pct(streamed, "ttft", since_s=25.0) < 8.0
+    whole = [r for r in records if not np.isfinite(r.ttft_ms) and r.arrival_s > 25.0]
+    predicted_ms = np.median([r.predicted_ttft_ms for r in whole])
+    assert predicted_ms < 0.2 * np.median([r.e2e_ms for r in whole])  # a first token's time, not a whole reply's
+    assert cluster.producers[0].ledger.counts["unlabelled"] == len(records) - len(streamed)
