@@ -18,7 +18,7 @@ from llmd_sched.errors import NoCandidates, NoEndpoints, NotCached
 from llmd_sched.plugin import DEFAULT_PRODUCER, Attribute, Producer
 from llmd_sched.pool.pool import Pool
 from llmd_sched.sched.pipeline import Picked, Profile
-from llmd_sched.types import Candidates, Decision, End, Endpoint, Outcome, Request
+from llmd_sched.types import Candidates, Decision, End, Endpoint, Outcome, Request, Scores
 
 MAX_OPEN_REQUESTS = 200_000
 LOST_AFTER_S = 3600.0
@@ -130,9 +130,7 @@ class Router:
             ticket=f"{self._ticket_prefix}{self._tickets:x}",
             request=request,
             picked=tuple(endpoints[i] for i in picked.order),
-            scores={
-                endpoints[i].hostport: s for i, s in zip(picked.scored.tolist(), picked.scores.tolist(), strict=True)
-            },
+            scores=Scores(endpoints, picked.scored, picked.scores),
             prediction=next((p for p in predictions if p is not None), None),
             explored=picked.explored,
             at_s=now_s,

@@ -10,7 +10,7 @@ producer's name, ``attribute/producer``, so that two producers of one kind can s
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 
 import msgspec
@@ -149,6 +149,32 @@ class Prediction(msgspec.Struct, frozen=True):
     """Name of the plugin that predicted."""
     took_s: float = 0.0
     """How long the prediction took, all candidates and both targets."""
+
+
+class Scores(Mapping[str, float]):
+    """``ip:port`` -> total score, for every candidate that was scored; made when somebody looks."""
+
+    __slots__ = ("_endpoints", "_index", "_made", "_values")
+
+    def __init__(self, endpoints: Sequence[Endpoint], index: NDArray[np.intp], values: Array) -> None:
+        """``values`` (n,) are those of ``endpoints[index[i]]``."""
+        self._endpoints, self._index, self._values = endpoints, index, values
+        self._made: dict[str, float] | None = None
+
+    def _all(self) -> dict[str, float]:
+        if self._made is None:
+            rows = zip(self._index.tolist(), self._values.tolist(), strict=True)
+            self._made = {self._endpoints[i].hostport: score for i, score in rows}
+        return self._made
+
+    def __getitem__(self, hostport: str) -> float:
+        return self._all()[hostport]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._index)
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ first, as vLLM frees them: shared heads survive longest. A hit refreshes its blo
 from __future__ import annotations
 
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,19 +36,21 @@ class PrefixIndex:
     def size(self, endpoint: int) -> int:
         return len(self._blocks.get(endpoint, ()))
 
-    def match(self, hashes: list[int], endpoints: list[int]) -> list[int]:
-        """Number of leading blocks each endpoint holds."""
-        lengths = dict.fromkeys(endpoints, 0)
-        alive = sum(1 << e for e in endpoints)
+    def match(self, hashes: list[int], endpoints: int) -> dict[int, int]:
+        """Of the endpoints (as bits) that hold the first block: how many leading blocks each holds."""
+        lengths: dict[int, int] = {}
+        alive = endpoints
         for i, h in enumerate(hashes):
             still = alive & self._holders.get(h, 0)
             if still != alive:
-                self._close(alive & ~still, i, lengths)
+                if i:
+                    self._close(alive & ~still, i, lengths)
                 if not still:
-                    return [lengths[e] for e in endpoints]
+                    return lengths
                 alive = still
-        self._close(alive, len(hashes), lengths)
-        return [lengths[e] for e in endpoints]
+        if hashes:
+            self._close(alive, len(hashes), lengths)
+        return lengths
 
     @staticmethod
     def _close(bits: int, length: int, lengths: dict[int, int]) -> None:
@@ -130,6 +133,15 @@ class ApproxPrefixCacheProducer(ProducerPlugin, frozen=True):
         return ApproxPrefixCache(name, self)
 
 
+class _Seen(NamedTuple):
+    """A list of endpoints as the index knows them."""
+
+    endpoints: list[Endpoint]
+    bits: int
+    position: dict[int, int]
+    """Number in the index -> position in the list."""
+
+
 class ApproxPrefixCache(Producer):
     """The live index. Columns: ``prefix_match_blocks``, ``prefix_total_blocks``, ``prefix_block_tokens``."""
 
@@ -143,9 +155,11 @@ class ApproxPrefixCache(Producer):
         self._ids: dict[tuple[str, str], int] = {}
         self._free_ids: list[int] = []
         self._last: tuple[Request, list[list[int]], int] | None = None
+        self._seen: _Seen | None = None
 
     def endpoints_changed(self, endpoints: list[Endpoint]) -> None:
         keys = {e.server for e in endpoints}
+        self._seen = None
         for key in [k for k in self._ids if k not in keys]:
             endpoint = self._ids.pop(key)
             self.index.forget(endpoint)
@@ -160,14 +174,23 @@ class ApproxPrefixCache(Producer):
         root = request.target_model + request.cache_salt
         chains = [block_hashes(p, root, block_tokens, limit).tolist() for p in request.prompts]
         self._last = (request, chains, block_tokens)
-        ids = [self._ids[e.server] for e in candidates.endpoints]
-        match = [float(sum(runs)) for runs in zip(*(self.index.match(chain, ids) for chain in chains), strict=True)]
-        total = float(sum(map(len, chains)))
+        seen = self._see(candidates.endpoints)
+        match = np.zeros(len(candidates.endpoints))
+        for chain in chains:
+            for endpoint, blocks in self.index.match(chain, seen.bits).items():
+                match[seen.position[endpoint]] += blocks
         return {
-            self._match_column: np.array(match or [0.0] * len(ids)),
-            self._total_column: np.array([total] * len(ids)),
-            self._block_column: np.array([float(block_tokens)] * len(ids)),
+            self._match_column: match,
+            self._total_column: np.full(len(match), float(sum(map(len, chains)))),
+            self._block_column: np.full(len(match), float(block_tokens)),
         }
+
+    def _see(self, endpoints: list[Endpoint]) -> _Seen:
+        """The numbers of these endpoints; looked up once for each list of them."""
+        if self._seen is None or self._seen.endpoints is not endpoints:
+            position = {self._ids[e.server]: i for i, e in enumerate(endpoints)}
+            self._seen = _Seen(endpoints, sum(1 << number for number in position), position)
+        return self._seen
 
     def chosen(self, decision: Decision, candidates: Candidates, position: int, now_s: float) -> None:
         if self._last is None or self._last[0] is not decision.request:
