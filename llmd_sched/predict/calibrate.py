@@ -79,7 +79,6 @@ class _Offsets:
 
     def __init__(self, start: tuple[float, ...], *, cold: bool = True) -> None:
         self.cold = cold
-        self._start = start
         self._tracks: dict[int, _Track] = {_EVERYTHING: _Track(start)}
 
     def of(self, group: int) -> list[float]:

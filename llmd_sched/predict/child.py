@@ -149,8 +149,10 @@ class Child:
         if trainer is None or self._path is None or trainer.counts.samples == self._saved_samples:
             return
         self._saved_samples = trainer.counts.samples
+        # Rows may be of a class that appeared after the last fit; a restart must give it the same number.
+        model = msgspec.structs.replace(trainer.model, classes=trainer.classes)
         try:
-            state.save(self._path, trainer.model, trainer.window, now_s, time.time())
+            state.save(self._path, model, trainer.window, now_s, time.time())
         except OSError as e:
             _log.warning("cannot save the predictor's state: %s", e)
 

@@ -218,6 +218,34 @@ async def test_window_and_model_outlive_the_process(tmp_path: Path) -> None:
     await second.stop()
 
 
+async def test_an_engine_class_without_a_fit_yet_keeps_its_number_over_a_restart(tmp_path: Path) -> None:
+    path = tmp_path / "p.predictor-state"
+    trainer = TrainerProcess(settings=QUICK, classes=lambda: ("", "H100", "L40S"), state_path=path)
+    await trainer.start()
+    for sample in samples(10):  # too few for a fit
+        trainer.add(sample)
+    await until(lambda: trainer.samples_sent == 10)
+    await trainer.stop()
+    found = state.load(path, time.monotonic(), time.time())
+    assert found is not None
+    assert (found.model.version, found.model.classes) == (0, ("", "H100", "L40S"))
+
+
+async def test_what_was_forgotten_does_not_come_back_with_a_restart(tmp_path: Path) -> None:
+    path = tmp_path / "p.predictor-state"
+    trainer = TrainerProcess(settings=QUICK, state_path=path)
+    await trainer.start()
+    for sample in samples(70):
+        trainer.add(sample)
+    await until(lambda: bool(trainer.held) and trainer.held["ttft"].rows == 70)
+    trainer.forget()
+    await until(lambda: trainer.held["ttft"].rows == 0)
+    await trainer.stop()
+    found = state.load(path, time.monotonic(), time.time())
+    assert found is not None
+    assert found.window().size("ttft") == 0
+
+
 async def test_a_damaged_state_does_not_keep_the_child_from_starting(tmp_path: Path) -> None:
     path = tmp_path / "p.predictor-state"
     path.write_bytes(b"not a state")
