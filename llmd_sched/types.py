@@ -10,7 +10,7 @@ producer's name, ``attribute/producer``, so that two producers of one kind can s
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, cached_property
 
 import msgspec
@@ -70,6 +70,17 @@ class Endpoint(msgspec.Struct, frozen=True, dict=True):
         return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
 
 
+class Adapters(msgspec.Struct, frozen=True):
+    """The LoRA adapters of one endpoint, by name."""
+
+    running: frozenset[str] = frozenset()
+    """Loaded: requests of theirs are being served."""
+    waiting: frozenset[str] = frozenset()
+    """Some of their requests wait; an adapter may run as well."""
+    most: int = 0
+    """How many may be loaded at once (``max_lora``); 0 when unknown, or when it serves none."""
+
+
 class Candidates:
     """The endpoints one request may go to, as aligned columns.
 
@@ -85,12 +96,12 @@ class Candidates:
         endpoints: list[Endpoint],
         columns: dict[str, Array],
         index: NDArray[np.intp] | None = None,
-        adapters: Sequence[Collection[str]] = (),
+        adapters: Sequence[Adapters] = (),
     ) -> None:
         self.endpoints = endpoints
         self.columns = columns
         self.adapters = adapters
-        """Names of the LoRA adapters loaded on each endpoint; empty when there are none on any."""
+        """The LoRA adapters of each endpoint, one entry per row of the columns; empty when nothing is known of any."""
         self.index = _everyone(len(endpoints)) if index is None else index
 
     def __len__(self) -> int:

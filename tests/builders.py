@@ -26,7 +26,7 @@ COLUMNS = {
     "inflight_requests": f"inflight_requests/{INFLIGHT}",
     "inflight_tokens": f"inflight_tokens/{INFLIGHT}",
     "inflight_prefill_tokens": f"inflight_prefill_tokens/{INFLIGHT}",
-    "prefill_wait_ms": f"prefill_wait_ms/{INFLIGHT}",
+    "admission_wait_ms": f"admission_wait_ms/{INFLIGHT}",
     "resident_tokens": f"resident_tokens/{INFLIGHT}",
     "uncached_tokens": f"uncached_tokens/{INFLIGHT}",
     "ttft_ms": f"ttft_ms/{LATENCY}",
@@ -80,6 +80,12 @@ def candidates(count: int | None = None, **columns: Sequence[float]) -> Candidat
     made = {name: np.zeros(n) for name in SCRAPED}
     made |= {COLUMNS.get(name, name): np.array(values, dtype=np.float64) for name, values in columns.items()}
     return Candidates(endpoints(n), made)
+
+
+def labelled(*labels: Mapping[str, str], **columns: Sequence[float]) -> Candidates:
+    """Candidates with these labels, one mapping each."""
+    plain = candidates(len(labels), **columns)
+    return Candidates([endpoint(i, labels=one) for i, one in enumerate(labels)], plain.columns)
 
 
 def predicted(

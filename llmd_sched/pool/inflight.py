@@ -43,7 +43,9 @@ class InFlightLoadProducer(ProducerPlugin, frozen=True):
         return InFlightLoad(name, self)
 
 
-_SHOWN = ("requests", "charged_tokens", "prefill_tokens", "prompt_tokens", "decode_rate", "decode_since", "due_s")
+_SHOWN = (
+    "requests", "charged_tokens", "prefilling", "prefill_tokens", "prompt_tokens", "decode_rate", "decode_since", "due_s"
+)  # fmt: skip
 """What a counter shows of itself in its row of the table, which a decision reads in whole columns."""
 
 
@@ -108,8 +110,8 @@ class _Counter:
 
     def show(self) -> None:
         self.shown[:] = (
-            self.requests, self.charged_tokens, self.prefill_tokens, self.prompt_tokens, self.decode_rate,
-            self.decode_since, self.due_s,
+            self.requests, self.charged_tokens, self.prefilling, self.prefill_tokens, self.prompt_tokens,
+            self.decode_rate, self.decode_since, self.due_s,
         )  # fmt: skip
 
 
@@ -133,11 +135,18 @@ class InFlightLoad(Producer):
 
     Columns: ``inflight_requests`` and ``inflight_tokens`` (the reference's pair), ``uncached_tokens`` of this request,
     and three of ours: ``inflight_prefill_tokens`` (uncached prompt tokens without a first token yet),
-    ``prefill_wait_ms`` (until the last of those first tokens is due, by our own predictions) and ``resident_tokens``
-    (prompt and generated tokens of the requests now in decode).
+    ``admission_wait_ms`` (until the engine can take up another prompt: the last of those first tokens is due, by our
+    own predictions, or half a decode step has passed) and ``resident_tokens`` (prompt and generated tokens of the
+    requests now in decode).
     """
 
-    COLUMNS = ("inflight_requests", "inflight_tokens", "inflight_prefill_tokens", "prefill_wait_ms", "resident_tokens")
+    COLUMNS = (
+        "inflight_requests",
+        "inflight_tokens",
+        "inflight_prefill_tokens",
+        "admission_wait_ms",
+        "resident_tokens",
+    )
     """Of the endpoint alone; ``uncached_tokens`` is of the request too."""
 
     def __init__(self, name: str, params: InFlightLoadProducer) -> None:
@@ -164,12 +173,14 @@ class InFlightLoad(Producer):
             table = self._table
         else:
             table = np.array([self._counters[e.server].shown for e in candidates.endpoints]).reshape(-1, len(_SHOWN))
-        requests, charged, prefill, prompt, rate, since, due_s = table.T.copy()
+        requests, charged, prefilling, prefill, prompt, rate, since, due_s = table.T.copy()
+        # The mean time per token of the requests in decode is the length of a step, half of which is the mean wait.
+        half_step_s = 0.5 * (requests - prefilling) / np.maximum(rate, 1e-3)
         load = (
             requests,
             charged,
             prefill,
-            1e3 * np.maximum(due_s - now_s, 0.0),
+            1e3 * np.maximum(due_s - now_s, np.where(rate > 1e-3, half_step_s, 0.0)),
             prompt + np.maximum(now_s * rate - since, 0.0),
         )
         columns = {f"{name}/{self.name}": column for name, column in zip(self.COLUMNS, load, strict=True)}

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from llmd_sched.types import Array, Candidates, Endpoint
+from llmd_sched.types import Adapters, Array, Candidates, Endpoint
 
 STALE_AFTER_S = 2.0
 UNREACHABLE_AFTER_FAILURES = 2
@@ -21,7 +21,7 @@ NEVER_READ_AGE_S = 1e6
 
 GAUGES = ("waiting", "running", "kv_usage")
 FACTS = ("block_tokens", "cache_blocks")
-NO_ADAPTERS: frozenset[str] = frozenset()
+NO_ADAPTERS = Adapters()
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -34,6 +34,10 @@ class Load(msgspec.Struct, frozen=True):
     cache_blocks: float | None = None
     adapters: frozenset[str] | None = None
     """LoRA adapters that are loaded."""
+    waiting_adapters: frozenset[str] | None = None
+    """LoRA adapters some of whose requests wait."""
+    max_adapters: float | None = None
+    """How many may be loaded at once; finite."""
 
 
 class Pool:
@@ -46,7 +50,8 @@ class Pool:
         self._position: dict[str, int] = {}
         self._columns: dict[str, Array] = {name: np.zeros(0) for name in GAUGES + FACTS}
         self._read_at_s: Array = np.zeros(0)
-        self._adapters: list[frozenset[str]] = []
+        self._adapters: list[Adapters] = []
+        self._serves_adapters = False
         self._failures: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self._all_reachable = True
 
@@ -70,6 +75,7 @@ class Pool:
         self._columns = {name: np.append(column, 0.0)[source] for name, column in self._columns.items()}
         adapters = [*self._adapters, NO_ADAPTERS]
         self._adapters = [adapters[i] for i in source]
+        self._serves_adapters = any(a != NO_ADAPTERS for a in self._adapters)
         self._read_at_s = np.append(self._read_at_s, -np.inf)[source]
         self._failures = np.append(self._failures, 0)[source]
         self._all_reachable = bool((self._failures < UNREACHABLE_AFTER_FAILURES).all())
@@ -91,10 +97,20 @@ class Pool:
             value = getattr(load, name)
             if value is not None:
                 self._columns[name][i] = value
-        if load.adapters is not None:
-            self._adapters[i] = load.adapters
+        self._record_adapters(i, load)
         if any(getattr(load, name) is not None for name in GAUGES):
             self._read_at_s[i] = now_s
+
+    def _record_adapters(self, i: int, load: Load) -> None:
+        before = self._adapters[i]
+        now = Adapters(
+            before.running if load.adapters is None else load.adapters,
+            before.waiting if load.waiting_adapters is None else load.waiting_adapters,
+            before.most if load.max_adapters is None else int(load.max_adapters),
+        )
+        if now != before:
+            self._adapters[i] = now
+            self._serves_adapters = True
 
     def record_failure(self, endpoint: Endpoint) -> None:
         """The endpoint could not be connected to."""
@@ -114,7 +130,7 @@ class Pool:
     def candidates(self, subset: Collection[str] | None, now_s: float) -> Candidates:
         """The endpoints a request may go to. ``subset`` holds ``ip:port`` or ``ip`` (None = no restriction)."""
         columns = self.columns(now_s)
-        adapters = self._adapters if any(self._adapters) else ()
+        adapters = self._adapters if self._serves_adapters else ()
         if subset is None and self._all_reachable:
             return Candidates(self.endpoints, columns, None, adapters)
         keep = self._failures < UNREACHABLE_AFTER_FAILURES

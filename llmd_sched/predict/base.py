@@ -25,7 +25,7 @@ TTFT_TERMS = (
     "input",  # prompt tokens, believed cached or not: where that belief is wrong, this grows
     "attention",  # own prefill, quadratic part: pairs of (new token, token before it)
     "inflight_prefill",  # prefill dispatched before us
-    "prefill_wait",  # ... and the time until it is done
+    "admission_wait",  # ... and the time until it is done, or until the step under way ends
     "load",  # requests there, whoever sent them
     "waiting",
     "load_x_inflight",  # decode shares each step's token budget with the prefill ahead of us
@@ -80,7 +80,7 @@ COLD_START = {
 
 # Compiled code is kept on disk until its own file changes, so what it takes from another file must be an argument.
 _TTFT_COLUMNS = np.array(
-    [f.UNCACHED, f.INPUT, f.WAITING, f.RUNNING, f.INFLIGHT_REQUESTS, f.INFLIGHT_PREFILL, f.PREFILL_WAIT, f.RESIDENT]
+    [f.UNCACHED, f.INPUT, f.WAITING, f.RUNNING, f.INFLIGHT_REQUESTS, f.INFLIGHT_PREFILL, f.ADMISSION_WAIT, f.RESIDENT]
 )
 _TPOT_COLUMNS = np.array([f.RUNNING, f.INFLIGHT_REQUESTS, f.INFLIGHT_PREFILL, f.KV_USAGE, f.RESIDENT])
 

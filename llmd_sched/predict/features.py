@@ -22,7 +22,7 @@ FEATURES = (
     "metrics_age_s",  # how old the scraped columns are, capped
     "inflight_requests",  # our own open requests there
     "inflight_prefill_tokens",  # uncached prompt tokens we sent that have no first token yet
-    "prefill_wait_ms",  # until the last of those first tokens is due, by our own predictions
+    "admission_wait_ms",  # until the engine can begin with another prompt, by our own predictions
     "resident_tokens",  # prompt and generated tokens of our requests that decode there
     "expected_output_tokens",
     "priority_class",  # 0 below the default priority, 1 at it, 2 above
@@ -39,7 +39,7 @@ FEATURES = (
     METRICS_AGE,
     INFLIGHT_REQUESTS,
     INFLIGHT_PREFILL,
-    PREFILL_WAIT,
+    ADMISSION_WAIT,
     RESIDENT,
     EXPECTED_OUTPUT,
     PRIORITY_CLASS,
@@ -61,6 +61,9 @@ MONOTONE = {
 }
 """Per target and feature: 1 where more of it can only slow the request down, -1 where it can only help, 0 where
 physics does not say."""
+
+IGNORED = {"ttft": (), "tpot": (ADMISSION_WAIT,)}
+"""Per target, what its trees must not look at: half a step is a TPOT predicted before, and would predict itself."""
 
 METRICS_AGE_CAP_S = 10.0
 """Beyond this a scrape is simply old; without a cap one dead exporter would stretch the feature's range."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from llmd_sched.predict import base
 from llmd_sched.predict.base import TargetName
-from llmd_sched.predict.features import CATEGORICAL, ENGINE_CLASS, FEATURES, MONOTONE
+from llmd_sched.predict.features import CATEGORICAL, ENGINE_CLASS, FEATURES, IGNORED, MONOTONE
 from llmd_sched.predict.model import MAX_FACTOR, bounded
 from llmd_sched.predict.window import Labelled
 from llmd_sched.types import Array
@@ -109,6 +109,7 @@ def fit_part(name: TargetName, part: Part, prior: Array, trees: int, recipe: Rec
         **quiet,
         "objective": _pseudo_huber(recipe.loss_width, residual, weight),
         "monotone_constraints": list(MONOTONE[name]),
+        "feature_contri": [float(i not in IGNORED[name]) for i in range(len(FEATURES))],
         "num_leaves": recipe.leaves,
         "learning_rate": recipe.rate,
         "lambda_l2": recipe.leaf_ridge,

@@ -26,7 +26,7 @@ OUTPUT_MEMORY = 500
 MAX_ADAPTERS = 1000
 """LoRA adapters remembered, so that one that is loaded nowhere at the moment is still known to be one."""
 FROM_IN_FLIGHT = (
-    "inflight_requests", "inflight_prefill_tokens", "prefill_wait_ms", "resident_tokens", "uncached_tokens"
+    "inflight_requests", "inflight_prefill_tokens", "admission_wait_ms", "resident_tokens", "uncached_tokens"
 )  # fmt: skip
 CLASS_LABELS = (
     "llm-d.ai/accelerator",
@@ -181,7 +181,7 @@ class PredictedLatency(Producer):
     def _lora(self, request: Request, candidates: Candidates) -> Array:
         """1 where the adapter asked for is loaded, 2 where it would have to be, 0 for a model that is no adapter."""
         wanted = request.target_model
-        loaded = np.array([wanted in adapters for adapters in candidates.adapters], dtype=bool)
+        loaded = np.array([wanted in adapters.running for adapters in candidates.adapters], dtype=bool)
         if loaded.any():
             self._adapters[wanted] = None
             if len(self._adapters) > MAX_ADAPTERS:

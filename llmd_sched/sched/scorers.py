@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
+from functools import lru_cache
+from random import Random
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
-from llmd_sched.plugin import Attribute, Reads, Scorer, reads
-from llmd_sched.types import Array, Candidates, Request
+from llmd_sched.plugin import Attribute, Filter, Reads, Scorer, reads
+from llmd_sched.types import Adapters, Array, Candidates, Request
+
+DEFAULT_QUEUE_THRESHOLD_REQUESTS = 128
+OUT_OF_RANGE_SCORE = 0.3
+"""What a prompt of the right length scores more than, and one of another length at most."""
 
 
 def lower_is_better(values: Array) -> Array:
@@ -29,6 +37,19 @@ class RunningRequestsSizeScorer(Scorer, frozen=True):
 
     def score(self, request: Request, candidates: Candidates) -> Array:
         return lower_is_better(candidates.column("running"))
+
+
+class LoadAwareScorer(Scorer, frozen=True):
+    """Fewer requests waiting in the engine, against a fixed length: 0.5 * (1 - min(waiting, threshold) / threshold).
+
+    The most is 0.5, for an empty queue. ``threshold`` is in requests; 0 or less means the default.
+    """
+
+    threshold: int = DEFAULT_QUEUE_THRESHOLD_REQUESTS
+
+    def score(self, request: Request, candidates: Candidates) -> Array:
+        threshold = float(self.threshold if self.threshold > 0 else DEFAULT_QUEUE_THRESHOLD_REQUESTS)
+        return 0.5 * (1.0 - np.minimum(candidates.column("waiting"), threshold) / threshold)
 
 
 class KvCacheUtilizationScorer(Scorer, frozen=True):
@@ -211,12 +232,105 @@ def _unit_range(values: Array) -> tuple[Array, bool]:
     return (values - low) / (high - low), True
 
 
+class LoraAffinityScorer(Scorer, frozen=True):
+    """The LoRA adapter asked for is in use there (1), or there is room for it (0.8), or it waits there (0.6); else 0.
+
+    There is room while fewer adapters are in use or waiting than the engine's ``max_lora``. The adapter is the model
+    name sent upstream.
+    """
+
+    def score(self, request: Request, candidates: Candidates) -> Array:
+        adapters = candidates.adapters
+        if not adapters:
+            return np.zeros(len(candidates))
+        affinities = [_lora_affinity(request.target_model, adapters[i]) for i in candidates.index.tolist()]
+        return np.array(affinities, dtype=np.float64)
+
+
+def _lora_affinity(adapter: str, there: Adapters) -> float:
+    if adapter in there.running:
+        return 1.0
+    # One that runs and waits, as vLLM reports it for two requests, takes one place.
+    if len(there.running | there.waiting) < there.most:
+        return 0.8
+    return 0.6 if adapter in there.waiting else 0.0
+
+
+class ContextLengthAware(Scorer, Filter, frozen=True):
+    """Endpoints made for prompts of this length, by a label ``min-max`` in tokens, both ends included.
+
+    In range 0.3 + 0.7 * (0.7 / (1 + width / 10000) + 0.3 * (max - length) / width), 1 without width: narrower ranges
+    and more headroom score higher. Outside 0.3 / (1 + distance / 1000). No label 0.5, one that is no range 0. With
+    ``enableFiltering`` it is a filter as well: only the range and endpoints without the label stay. ``label`` names
+    the label; the length is the prompt's estimated tokens, 0 when unknown.
+    """
+
+    label: str = "llm-d.ai/context-length-range"
+    enable_filtering: bool = False
+
+    def check(self) -> None:
+        if not self.label:
+            raise ValueError("label must not be empty: it names the label with the range, such as 0-2048")
+
+    def keep(self, request: Request, candidates: Candidates, rng: Random) -> NDArray[np.bool_]:
+        if not self.enable_filtering:
+            return np.ones(len(candidates), dtype=bool)
+        return np.array([_takes(text, request.input_tokens) for text in self._labels(candidates)], dtype=bool)
+
+    def score(self, request: Request, candidates: Candidates) -> Array:
+        scores = [_range_score(text, request.input_tokens) for text in self._labels(candidates)]
+        return np.array(scores, dtype=np.float64)
+
+    def _labels(self, candidates: Candidates) -> list[str | None]:
+        return [candidates.endpoints[i].labels.get(self.label) for i in candidates.index.tolist()]
+
+
+_RANGE = re.compile(r"\s*(\d{1,18})\s*-\s*(\d{1,18})\s*", re.ASCII)
+
+
+@lru_cache(maxsize=1024)
+def token_range(text: str) -> tuple[int, int] | None:
+    """``min-max`` as numbers; None for anything else, and for a range that ends before it begins."""
+    found = _RANGE.fullmatch(text)
+    if not found:
+        return None
+    low, high = int(found[1]), int(found[2])
+    return (low, high) if low <= high else None
+
+
+def _takes(text: str | None, tokens: int) -> bool:
+    if text is None:
+        return True
+    bounds = token_range(text)
+    return bounds is not None and bounds[0] <= tokens <= bounds[1]
+
+
+def _range_score(text: str | None, tokens: int) -> float:
+    if text is None:
+        return 0.5
+    bounds = token_range(text)
+    if bounds is None:
+        return 0.0
+    low, high = bounds
+    if not low <= tokens <= high:
+        distance = max(low - tokens, tokens - high)
+        return OUT_OF_RANGE_SCORE / (1.0 + distance / 1000.0)
+    width = high - low
+    if not width:
+        return 1.0
+    fit = 0.7 / (1.0 + width / 10000.0) + 0.3 * (high - tokens) / width
+    return OUT_OF_RANGE_SCORE + (1.0 - OUT_OF_RANGE_SCORE) * fit
+
+
 SCORERS: dict[str, type[Scorer]] = {
     "queue-scorer": QueueScorer,
     "running-requests-size-scorer": RunningRequestsSizeScorer,
+    "load-aware-scorer": LoadAwareScorer,
     "kv-cache-utilization-scorer": KvCacheUtilizationScorer,
     "prefix-cache-scorer": PrefixCacheScorer,
     "token-load-scorer": TokenLoadScorer,
     "active-request-scorer": ActiveRequestScorer,
     "latency-scorer": LatencyScorer,
+    "lora-affinity-scorer": LoraAffinityScorer,
+    "context-length-aware": ContextLengthAware,
 }

@@ -171,6 +171,18 @@ def test_any_number_of_rows_can_be_fitted(count: int) -> None:
         assert all(np.isfinite(times_ms).all() for times_ms in model.predict(engine.rows(50)))
 
 
+def test_the_trees_of_tpot_do_not_look_at_what_tpot_once_predicted() -> None:
+    engine = Engine()
+    made = []
+    for sample in engine.samples(600):
+        row = list(sample.row)
+        row[f.ADMISSION_WAIT] = 0.5 * (sample.tpot_ms or 0.0)
+        made.append(msgspec.structs.replace(sample, row=tuple(row)))
+    model = next_model(window_of(made), None, version=1, now_s=0.0)
+    assert model is not None
+    assert f.ADMISSION_WAIT not in model.tpot.trees.numeric.feature
+
+
 def test_rows_that_are_all_the_same_are_fitted_by_the_base_alone() -> None:
     engine = Engine()
     row = tuple(engine.rows(1)[0].tolist())

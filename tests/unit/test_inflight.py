@@ -95,12 +95,12 @@ def test_the_wait_for_the_prompts_ahead_shrinks_as_time_passes_and_ends_with_the
     plain = Candidates(members, {})
 
     def wait_ms(now_s: float) -> float:
-        return float(live.produce(request(), plain, now_s)[f"prefill_wait_ms/{INFLIGHT}"][0])
+        return float(live.produce(request(), plain, now_s)[f"admission_wait_ms/{INFLIGHT}"][0])
 
     def send(ticket: str, at_s: float, ttft_ms: float | None) -> None:
         asked = request(input_tokens=100)
         view = plain.with_columns(live.produce(asked, plain, at_s))
-        said = None if ttft_ms is None else Prediction(row=(), ttft_ms=ttft_ms, tpot_ms=1.0, model_version=1)
+        said = None if ttft_ms is None else Prediction(row=(), ttft_ms=ttft_ms, tpot_ms=4.0, model_version=1)
         live.chosen(decision(ticket, asked, members[0], said), view, 0, at_s)
 
     assert wait_ms(0.0) == 0.0
@@ -113,7 +113,10 @@ def test_the_wait_for_the_prompts_ahead_shrinks_as_time_passes_and_ends_with_the
         live.first_token(ticket, 10.7)
     assert wait_ms(10.7) == pytest.approx(100.0)
     live.first_token("c", 10.7)
-    assert wait_ms(10.7) == 0.0  # earlier than predicted, and nothing is ahead any more
+    assert wait_ms(10.7) == 2.0  # earlier than predicted: nothing is ahead but half a step of those in decode
+    for ticket in "abc":
+        live.finished(ticket, streamed(), 11.0)
+    assert wait_ms(11.0) == 0.0
     send("d", 20.0, None)
     assert wait_ms(20.0) == 0.0
 

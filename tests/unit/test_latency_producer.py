@@ -14,7 +14,7 @@ from llmd_sched.predict.base import TargetName
 from llmd_sched.predict.features import ENGINE_CLASS, FEATURES, LORA
 from llmd_sched.predict.model import Model, Target
 from llmd_sched.predict.producer import FIRST_OUTPUT_GUESS_TOKENS, PredictedLatency, PredictedLatencyProducer
-from llmd_sched.types import Candidates, Decision, End, Endpoint, Request, Sample
+from llmd_sched.types import Adapters, Candidates, Decision, End, Endpoint, Request, Sample
 from tests.builders import (
     COLUMNS,
     INFLIGHT,
@@ -398,7 +398,8 @@ def test_a_restored_model_keeps_the_numbers_of_its_classes() -> None:
 
 
 def lora(bench: Bench, adapters: list[set[str]], model: str) -> list[float]:
-    bench.plain = Candidates(bench.members, bench.plain.columns, None, adapters)
+    known = [Adapters(running=frozenset(names)) for names in adapters]
+    bench.plain = Candidates(bench.members, bench.plain.columns, None, known)
     bench.produce(model=model, target_model=model)
     return bench.model.rows[:, LORA].tolist()
 

@@ -5,18 +5,25 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from llmd_sched.catalog import resolve
+from llmd_sched.config import load
+from llmd_sched.errors import ConfigError
 from llmd_sched.plugin import Scorer
+from llmd_sched.pool.pool import Load
 from llmd_sched.sched.scorers import (
     ActiveRequestScorer,
+    ContextLengthAware,
     KvCacheUtilizationScorer,
     LatencyScorer,
+    LoadAwareScorer,
+    LoraAffinityScorer,
     PrefixCacheScorer,
     QueueScorer,
     RunningRequestsSizeScorer,
     TokenLoadScorer,
 )
-from llmd_sched.types import Candidates
-from tests.builders import candidates, predicted, request
+from llmd_sched.types import Adapters, Candidates
+from tests.builders import CONFIG_HEAD, candidates, endpoint, endpoints, labelled, pool_of, predicted, request
 
 
 def scored(scorer: Scorer, view: Candidates) -> list[float]:
@@ -39,6 +46,31 @@ def test_fewer_requests_score_higher_between_least_and_most(
     scorer: Scorer, column: str, values: list[float], scores: list[float]
 ) -> None:
     assert scored(scorer, candidates(**{column: values})) == pytest.approx(scores)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "waiting", "score"),
+    [
+        (128, 0, 0.5),
+        (128, 32, 0.375),
+        (128, 64, 0.25),
+        (128, 127, 0.5 / 128),
+        (128, 128, 0.0),
+        (128, 1000, 0.0),
+        (10, 1, 0.45),
+        (1, 1, 0.0),
+        (0, 64, 0.25),  # 0 or less means the default
+        (-3, 64, 0.25),
+    ],
+)
+def test_load_aware_scores_half_for_an_empty_queue_and_less_to_the_threshold(
+    threshold: int, waiting: float, score: float
+) -> None:
+    assert scored(LoadAwareScorer(threshold=threshold), candidates(waiting=[waiting])) == pytest.approx([score])
+
+
+def test_load_aware_scores_each_alone() -> None:
+    assert scored(LoadAwareScorer(), candidates(waiting=[0, 64, 128])) == [0.5, 0.25, 0.0]
 
 
 def test_kv_utilization_scores_what_is_free() -> None:
@@ -257,3 +289,138 @@ def test_the_blend_measures_queues_by_the_longest(waiting: list[float], scores: 
 def test_the_latency_scorer_checks_its_parameters(parameters: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LatencyScorer(**parameters).check()
+
+
+def adapters(running: str = "", waiting: str = "", most: int = 0) -> Adapters:
+    return Adapters(frozenset(running.split()), frozenset(waiting.split()), most)
+
+
+@pytest.mark.parametrize(
+    ("there", "score"),
+    [
+        (adapters("poet"), 1.0),
+        (adapters("poet coder", "", 2), 1.0),  # in use, though there is no room for another
+        (adapters("poet", "poet", 1), 1.0),
+        (adapters("", "", 1), 0.8),
+        (adapters("coder", "", 2), 0.8),
+        (adapters("coder", "poet", 3), 0.8),  # room comes before waiting
+        (adapters("coder", "coder", 2), 0.8),  # one that runs and waits takes one place
+        (adapters("coder", "poet", 2), 0.6),
+        (adapters("a b", "c poet", 2), 0.6),
+        (adapters("", "poet", 0), 0.6),
+        (adapters("coder", "", 1), 0.0),
+        (adapters("coder", "other", 2), 0.0),
+        (adapters("", "", 0), 0.0),  # nothing known: no room
+        (adapters("po", "et", 2), 0.0),
+    ],
+)
+def test_lora_affinity_prefers_the_adapter_in_use_then_room_then_one_that_waits(there: Adapters, score: float) -> None:
+    plain = candidates(2)
+    view = Candidates(plain.endpoints, plain.columns, None, [Adapters(), there])
+    assert LoraAffinityScorer().score(request(target_model="poet"), view).tolist() == [0.0, score]
+
+
+def test_lora_affinity_asks_for_the_name_sent_upstream() -> None:
+    plain = candidates(1)
+    view = Candidates(plain.endpoints, plain.columns, None, [adapters("poet")])
+    assert LoraAffinityScorer().score(request(model="alias", target_model="poet"), view).tolist() == [1.0]
+    assert LoraAffinityScorer().score(request(model="poet", target_model="base"), view).tolist() == [0.0]
+
+
+def test_the_pool_tells_of_the_adapters_that_were_read_last() -> None:
+    members = endpoints(3)
+    pool = pool_of(members)
+    asked = request(target_model="poet")
+
+    def affinities() -> list[float]:
+        return LoraAffinityScorer().score(asked, pool.candidates(None, 0.0)).tolist()
+
+    assert pool.candidates(None, 0.0).adapters == ()
+    pool.record(members[1], Load(adapters=frozenset(), max_adapters=2.0), 0.0)
+    assert affinities() == [0.0, 0.8, 0.0]
+    pool.record(members[1], Load(adapters=frozenset({"a", "b"}), waiting_adapters=frozenset({"poet"})), 0.0)
+    assert affinities() == [0.0, 0.6, 0.0]
+    pool.record(members[2], Load(adapters=frozenset({"poet"})), 0.0)
+    assert affinities() == [0.0, 0.6, 1.0]
+    pool.record(members[2], Load(waiting=1.0), 0.0)  # a page without them changes nothing
+    assert affinities() == [0.0, 0.6, 1.0]
+    pool.apply([members[2], members[0], members[1]])
+    assert affinities() == [1.0, 0.0, 0.6]
+    assert LoraAffinityScorer().score(asked, pool.candidates({members[1].hostport}, 0.0)).tolist() == [0.6]
+    pool.apply([members[0], endpoint(2, port=8001)])  # another server, of which nothing is known
+    assert pool.candidates(None, 0.0).adapters == ()
+
+
+def test_lora_affinity_scores_nothing_where_nobody_tells_of_adapters() -> None:
+    assert scored(LoraAffinityScorer(), candidates(2)) == [0.0, 0.0]
+
+
+RANGE = "llm-d.ai/context-length-range"
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "score"),
+    [
+        (None, 100, 0.5),
+        # In range, both ends included.
+        ("0-10000", 0, 0.3 + 0.7 * (0.7 / 2 + 0.3)),
+        ("0-10000", 5000, 0.3 + 0.7 * (0.7 / 2 + 0.15)),
+        ("0-10000", 10000, 0.3 + 0.7 * (0.7 / 2)),
+        ("2000-4000", 2000, 0.3 + 0.7 * (0.7 / 1.2 + 0.3)),
+        ("2000-4000", 3500, 0.3 + 0.7 * (0.7 / 1.2 + 0.3 * 0.25)),
+        (" 2000 - 4000 ", 3500, 0.3 + 0.7 * (0.7 / 1.2 + 0.3 * 0.25)),
+        # No width.
+        ("100-100", 100, 1.0),
+        ("0-0", 0, 1.0),
+        # Outside, by the distance to the nearer end.
+        ("0-2000", 2001, 0.3 / 1.001),
+        ("0-2000", 3000, 0.15),
+        ("4000-8000", 1000, 0.3 / 4),
+        ("100-100", 99, 0.3 / 1.001),
+        # Not a range.
+        ("", 0, 0.0),
+        ("-", 0, 0.0),
+        ("100", 100, 0.0),
+        ("0-100-200", 50, 0.0),
+        ("-5-100", 50, 0.0),
+        ("200-100", 150, 0.0),
+        ("a-b", 0, 0.0),
+        ("0-1e4", 0, 0.0),
+        ("0-1_000", 0, 0.0),
+        ("0-\u0661", 0, 0.0),  # digits, but not ASCII ones
+        ("0-" + "9" * 5000, 0, 0.0),
+    ],
+)
+def test_context_length_scores_how_well_the_labelled_range_fits(text: str | None, tokens: int, score: float) -> None:
+    view = labelled({} if text is None else {RANGE: text})
+    assert ContextLengthAware().score(request(input_tokens=tokens), view).tolist() == pytest.approx([score])
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 1000, 50_000, 1_000_000])
+def test_a_fitting_range_beats_any_that_does_not_fit(tokens: int) -> None:
+    view = labelled({RANGE: "0-1000000"}, {RANGE: f"{tokens + 1}-{tokens + 2}"})
+    scores = ContextLengthAware().score(request(input_tokens=tokens), view)
+    assert scores[0] > 0.3 > scores[1]
+
+
+def test_context_length_reads_the_label_it_is_told_to() -> None:
+    view = labelled({"size": "10-10", RANGE: "0-0"}, {RANGE: "10-10"})
+    assert ContextLengthAware(label="size").score(request(input_tokens=10), view).tolist() == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        ("{type: load-aware-scorer, parameters: {threshold: high}}", "Expected `int`, got `str`"),
+        ("{type: load-aware-scorer, parameters: {treshold: 1}}", "unknown field `treshold`; accepted: threshold"),
+        ("{type: lora-affinity-scorer, parameters: {most: 1}}", "this takes no parameters"),
+        ("{type: context-length-aware, parameters: {label: ''}}", "label must not be empty"),
+        ("{type: context-length-aware, parameters: {enableFiltering: yes please}}", "Expected `bool`, got `str`"),
+        ("{type: context-length-aware, parameters: {min: 1}}", "accepted: label, enableFiltering"),
+    ],
+)
+def test_a_wrong_parameter_of_a_scorer_is_refused_with_what_is_accepted(plugin: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        resolve(load(CONFIG_HEAD + f"plugins: [{plugin}]"))
+    assert message in str(error.value)
+    assert error.value.path.startswith("$.plugins[0].parameters")
