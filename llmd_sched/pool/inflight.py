@@ -44,7 +44,8 @@ class InFlightLoadProducer(ProducerPlugin, frozen=True):
 
 
 _SHOWN = (
-    "requests", "charged_tokens", "prefilling", "prefill_tokens", "prompt_tokens", "decode_rate", "decode_since", "due_s"
+    "requests", "charged_tokens", "prefilling", "prefill_tokens", "prompt_tokens", "decode_rate", "decode_since",
+    "due_s",
 )  # fmt: skip
 """What a counter shows of itself in its row of the table, which a decision reads in whole columns."""
 
