@@ -153,6 +153,7 @@ class Scheduler:
         self._stack.push_async_callback(scraper.stop)
         await scraper.start()
         self.scraper = scraper
+        self.router.on_chosen = lambda endpoint: scraper.touched(endpoint.server)
 
     async def _start_grpc(self) -> None:
         settings = self.settings

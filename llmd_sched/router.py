@@ -11,7 +11,7 @@ randomness are arguments; there is no clock, socket or metric here, so the simul
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from random import Random
 
 from llmd_sched.errors import NoCandidates, NoEndpoints, NotCached
@@ -60,6 +60,8 @@ class Router:
         self.open: dict[str, Decision] = {}
         self._guards = {p.name: _Contained(p.name) for p in producers}
         self.lost = 0
+        self.on_chosen: Callable[[Endpoint], None] = lambda endpoint: None
+        """Told of the endpoint of each decision, at once."""
         self._rng = rng
         self._tickets = 0
         self._ticket_prefix = ticket_prefix
@@ -93,6 +95,7 @@ class Router:
             raise NotCached("no decode worker has the requested KV cache")
         decision = self._decide(request, candidates, producers, picked, now_s)
         self.open[decision.ticket] = decision
+        self.on_chosen(decision.picked[0])
         for producer in producers:
             with self._contained(producer):
                 producer.chosen(decision, candidates, int(picked.order[0]), now_s)

@@ -8,11 +8,17 @@ import msgspec
 
 from llmd_sched.extproc.messages import whole_number
 from llmd_sched.headers import CONTENT_TYPE
-from llmd_sched.parsers.openai import usage_in_tail
+from llmd_sched.parsers.openai import Usage, usage_in_tail
 from llmd_sched.types import End, Outcome
 
 TAIL_BYTES = 2048
 """Kept of the end of a reply: ``usage`` ends a whole reply, and is a stream's second to last event."""
+
+HEAD_BYTES = 2048
+"""Kept of the beginning of a stream: Anthropic's first event has the input and cached tokens, its last the output's."""
+
+START_MARK = b"event: message_start\ndata: "
+"""Begins that first event; with its line break, for the same reason as below."""
 
 EVENT_MARK = b"\ndata: "
 """Starts an event; with its line break, because a text may contain the word, and JSON has no raw line breaks."""
@@ -54,6 +60,7 @@ class ReplyReader:
         self._sent_s = sent_s
         self._status = 0
         self._first_s: float | None = None
+        self._head = b""
         self._tail = b""
         self._bytes = 0
         self._events = 0
@@ -72,6 +79,8 @@ class ReplyReader:
         self._bytes += len(chunk)
         self._tail = (self._tail + chunk)[-TAIL_BYTES:]
         if self._streaming:
+            if len(self._head) < HEAD_BYTES:
+                self._head += chunk[: HEAD_BYTES - len(self._head)]
             text = self._cut + chunk
             self._events += text.count(EVENT_MARK)
             self._cut = text[1 - len(EVENT_MARK) :]
@@ -87,6 +96,7 @@ class ReplyReader:
             tail=self._tail,
             events=self._events,
             response_bytes=self._bytes,
+            head=self._head,
         )
 
 
@@ -100,10 +110,14 @@ def read_outcome(
     tail: bytes,
     events: int | None,
     response_bytes: int,
+    head: bytes = b"",
 ) -> Outcome:
-    """Both paths end here: token counts from ``usage`` in the tail, else one token per event (None: not counted)."""
-    usage = usage_in_tail(tail)
-    tokens = usage.output if usage else None
+    """Both paths end here: token counts from ``usage``, else one token per event (None: not counted).
+
+    ``head`` is the beginning of a stream where it was seen, in which Anthropic says what the tail does not.
+    """
+    first, last = _first_usage(head) or _first_usage(tail), _last_usage(tail)
+    tokens = last.output
     if tokens is None and events is not None and streamed and status == 200:
         tokens = max(0, events - (DONE_MARK in tail))
     return Outcome(
@@ -111,9 +125,30 @@ def read_outcome(
         status=status,
         ttft_ms=first_ms if streamed else None,
         e2e_ms=max(0.0, e2e_ms),
-        prompt_tokens=usage.prompt if usage else None,
-        cached_tokens=usage.cached if usage else None,
+        prompt_tokens=first.prompt if first and last.prompt is None else last.prompt,
+        cached_tokens=first.cached if first and last.cached is None else last.cached,
         output_tokens=tokens,
         streamed=streamed,
         response_bytes=response_bytes,
     )
+
+
+def _first_usage(text: bytes) -> Usage | None:
+    """What Anthropic's first event says; None when ``text`` does not hold that event's usage."""
+    begin, end = _first_event(text)
+    return usage_in_tail(text[begin:end])
+
+
+def _last_usage(tail: bytes) -> Usage:
+    """What the end of a reply says. The first event's output tokens are no count: it comes before them."""
+    _, end = _first_event(tail)
+    return usage_in_tail(tail[end:]) or Usage()
+
+
+def _first_event(text: bytes) -> tuple[int, int]:
+    """Where Anthropic's first event begins and ends in ``text``, which may cut it short; (0, 0) without one."""
+    begin = text.find(START_MARK)
+    if begin < 0:
+        return 0, 0
+    end = text.find(b"\n", begin + len(START_MARK))
+    return begin, end if end >= 0 else len(text)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmd_sched.errors import BadRequest
+from llmd_sched.parsers.anthropic import AnthropicParser
 from llmd_sched.parsers.openai import OpenAIParser
 from llmd_sched.parsers.passthrough import PassthroughParser
+from llmd_sched.parsers.vllm import VLLMParser
 from llmd_sched.plugin import Parsed, Parser
 
 PARSERS: dict[str, type[Parser]] = {
     "openai-parser": OpenAIParser,
+    "anthropic-parser": AnthropicParser,
+    "vllmhttp-parser": VLLMParser,
     "passthrough-parser": PassthroughParser,
 }
 

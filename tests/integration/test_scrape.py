@@ -1,19 +1,24 @@
-"""Reading metrics over real sockets: every shape of reply, and what the pool is told of each."""
+"""Reading metrics over real sockets: every shape of reply, what the pool is told of each, and who is read how often."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import pytest
 import pytest_asyncio
 
+from llmd_sched.pool import scrape
+from llmd_sched.pool.engines import ENGINE_LABEL
 from llmd_sched.pool.http import Getter, HttpError, unchunked
-from llmd_sched.pool.pool import Pool
+from llmd_sched.pool.pool import STALE_AFTER_S, Pool
 from llmd_sched.pool.scrape import Scraper
 from llmd_sched.types import Endpoint
 
 PAGE = b'# HELP x\nvllm:num_requests_waiting{engine="0"} 3.0\nvllm:num_requests_running{engine="0"} 2.0\n' + b"#" * 9000
+IDLE_PAGE = b"vllm:num_requests_waiting 0.0\nvllm:num_requests_running 0.0\n"
 
 
 def sized(body: bytes, status: bytes = b"200 OK", extra: bytes = b"") -> bytes:
@@ -175,3 +180,142 @@ async def test_the_pool_learns_what_its_servers_say_and_who_cannot_be_reached(se
     finally:
         await scraper.stop()
         await gone.stop()
+
+
+@asynccontextmanager
+async def scraping(scraper: Scraper, *endpoints: Endpoint) -> AsyncIterator[Scraper]:
+    scraper.pool.apply(endpoints)
+    await scraper.start()
+    try:
+        yield scraper
+    finally:
+        await scraper.stop()
+
+
+@pytest_asyncio.fixture
+async def idle_server() -> AsyncIterator[Server]:
+    made = Server()
+    made.reply = sized(IDLE_PAGE)
+    await made.start()
+    yield made
+    await made.stop()
+
+
+def at(server: Server, name: str = "one", engine: str = "vllm") -> Endpoint:
+    return Endpoint(name, "127.0.0.1", server.port, labels={ENGINE_LABEL: engine})
+
+
+@pytest.fixture
+def hardly_ever(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Scraper]:
+    """A scraper that, after its first read of an idle endpoint, waits for longer than any test runs."""
+    monkeypatch.setattr(scrape, "IDLE_INTERVAL_S", 600.0)
+    return lambda: Scraper(Pool(stale_after_s=5000.0), 300.0)
+
+
+async def test_an_idle_endpoint_is_read_less_often_than_a_busy_one(server: Server, idle_server: Server) -> None:
+    async with scraping(Scraper(Pool(), 0.02), at(server), at(idle_server, "idle")):
+        await until(lambda: server.requests >= 40)
+        assert 1 <= idle_server.requests < server.requests / 2
+
+
+async def test_an_idle_endpoint_is_read_often_enough_for_a_short_limit(server: Server, idle_server: Server) -> None:
+    assert scrape.IDLE_INTERVAL_S <= STALE_AFTER_S / 2
+    async with scraping(Scraper(Pool(stale_after_s=0.08), 0.02), at(server), at(idle_server, "idle")):
+        await until(lambda: server.requests >= 60)
+        assert server.requests / 4 < idle_server.requests < server.requests
+
+
+async def test_an_idle_endpoint_with_a_request_of_ours_is_read_like_a_busy_one(
+    server: Server, idle_server: Server
+) -> None:
+    ours = Scraper(Pool(), 0.02, has_open=lambda endpoint: endpoint.name == "idle")
+    async with scraping(ours, at(server), at(idle_server, "idle")):
+        await until(lambda: server.requests >= 40)
+        assert idle_server.requests > server.requests / 2
+
+
+async def test_an_endpoint_that_gets_busy_is_read_more_often_again(server: Server, idle_server: Server) -> None:
+    async with scraping(Scraper(Pool(), 0.02), at(server), at(idle_server, "idle")):
+        await until(lambda: server.requests >= 20)
+        idle_server.reply = sized(PAGE)
+        noticed = idle_server.requests
+        await until(lambda: idle_server.requests > noticed + 1)
+        busy_reads, reads = server.requests, idle_server.requests
+        await until(lambda: server.requests >= busy_reads + 30)
+        assert idle_server.requests - reads > 15
+
+
+async def test_a_chosen_endpoint_is_read_at_once_and_only_once(
+    idle_server: Server, hardly_ever: Callable[[], Scraper]
+) -> None:
+    one = at(idle_server)
+    async with scraping(hardly_ever(), one) as scraper:
+        await until(lambda: bool(scraper.pool.fresh(scraper.clock()).all()))
+        assert idle_server.requests == 1
+        scraper.touched(one.server)
+        await until(lambda: idle_server.requests == 2)
+        for _ in range(20):
+            scraper.touched(one.server)
+            await asyncio.sleep(0.005)
+        assert idle_server.requests == 2
+        scraper.touched(("default/unknown", "127.0.0.1:1"))
+
+
+async def test_a_refusing_endpoint_is_tried_less_often_and_not_because_it_was_chosen(
+    server: Server, hardly_ever: Callable[[], Scraper]
+) -> None:
+    gone = Server()
+    await gone.start()
+    await gone.stop()
+    async with scraping(Scraper(Pool(), 0.02), at(server), at(gone, "gone")) as scraper:
+        await until(lambda: server.requests >= 40)
+        assert 2 <= scraper.errors < server.requests / 2
+        assert [e.name for e in scraper.pool.candidates(None, scraper.clock()).endpoints] == ["one"]
+    async with scraping(hardly_ever(), at(gone)) as scraper:
+        await until(lambda: scraper.errors == 1)
+        for _ in range(10):
+            scraper.touched(at(gone).server)
+            await asyncio.sleep(0.005)
+        assert scraper.errors == 1
+
+
+async def test_a_counter_of_executions_is_traffic_only_while_it_grows(server: Server, idle_server: Server) -> None:
+    idle_server.reply = sized(b"nv_inference_exec_count 70000\nnv_inference_pending_request_count 0\n")
+    async with scraping(Scraper(Pool(), 0.02), at(server), at(idle_server, "idle", engine="triton")) as scraper:
+        await until(lambda: server.requests >= 40)
+        assert 1 <= idle_server.requests < server.requests / 2
+        assert scraper.pool.columns(scraper.clock())["running"].tolist() == [2.0, 70000.0]
+
+
+async def test_a_page_is_read_as_its_endpoints_engine_has_it_and_a_new_label_counts(server: Server) -> None:
+    server.reply = sized(b"sglang:num_queue_reqs 4\ntrtllm_num_requests_waiting 5\n")
+
+    def waiting(value: float) -> Callable[[], bool]:
+        return lambda: scraper.pool.columns(scraper.clock())["waiting"].tolist() == [value]
+
+    async with scraping(Scraper(Pool(), 0.02), at(server, engine="sglang")) as scraper:
+        await until(waiting(4.0))
+        scraper.pool.apply([at(server, engine="trtllm-serve")])
+        await until(waiting(5.0))
+
+
+async def test_an_unknown_engine_is_complained_of_once_and_read_as_vllm(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    members = [at(server, "one", engine="mystery"), at(server, "two", engine="mystery")]
+    async with scraping(Scraper(Pool(), 0.02), *members) as scraper:
+        await until(lambda: scraper.pool.columns(scraper.clock())["waiting"].tolist() == [3.0, 3.0])
+        scraper.pool.apply(members)
+    (said,) = [r.getMessage() for r in caplog.records if "mystery" in r.getMessage()]
+    assert "read as vllm" in said
+    assert "triton-tensorrt-llm" in said
+
+
+async def test_a_stopped_scraper_follows_no_longer(server: Server) -> None:
+    async with scraping(Scraper(Pool(), 0.02), at(server)) as scraper:
+        await until(lambda: server.requests > 0)
+    scraper.pool.apply([at(server, "another")])
+    asked = server.requests
+    await asyncio.sleep(0.1)
+    assert server.requests == asked

@@ -1,4 +1,4 @@
-"""The few lines that matter, found in a page of 50 KB, wherever they stand."""
+"""The few lines that matter, found in a page of 50 KB, wherever they stand; and how often they are looked for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmd_sched.pool.pool import Load
-from llmd_sched.pool.scrape import FACTS_EVERY_S, PageReader
+from llmd_sched.pool.scrape import FACTS_EVERY_S, TOUCHED_FOR_S, Pace, PageReader
 from tests.builders import fuzzed, vllm_page
 
 PLAIN = Load(waiting=6.0, running=3.0, kv_usage=0.25, block_tokens=128.0, cache_blocks=1024.0)
@@ -203,3 +203,76 @@ def test_a_server_without_adapters_is_not_searched_for_them_on_every_page() -> N
     assert reader.read(vllm_page() + lora("a", "1.8e9"), 1.0).adapters is None
     assert reader.read(vllm_page() + lora("a", "1.8e9"), FACTS_EVERY_S).adapters == {"a"}
     assert reader.read(vllm_page() + lora("", "1.9e9"), FACTS_EVERY_S + 1.0).adapters == frozenset()
+
+
+def test_waiting_adapters_and_the_most_there_can_be_are_of_the_newest_series_too() -> None:
+    load = read(vllm_page() + lora("old", "1.7e9", "gone") + lora("poet", "1.8e9", "coder, sage"))
+    assert (load.adapters, load.waiting_adapters, load.max_adapters) == ({"poet"}, {"coder", "sage"}, 4.0)
+
+
+def test_engines_of_one_server_have_as_many_slots_as_the_largest() -> None:
+    page = lora("a", "1.8e9", "x") + lora("b", "1.8e9", "y").replace(b'max_lora="4"', b'max_lora="6"')
+    load = read(page)
+    assert (load.waiting_adapters, load.max_adapters) == ({"x", "y"}, 6.0)
+
+
+@pytest.mark.parametrize("most", ["", "None", "-1", "many"])
+def test_a_limit_that_is_no_number_is_unknown(most: str) -> None:
+    assert read(lora("a", "1.8e9").replace(b'max_lora="4"', f'max_lora="{most}"'.encode())).max_adapters is None
+
+
+def test_a_server_without_adapters_says_nothing_of_waiting_ones() -> None:
+    load = read(vllm_page())
+    assert (load.waiting_adapters, load.max_adapters) == (None, None)
+
+
+INTERVAL_S, IDLE_S = 0.05, 1.0
+
+
+def pauses(pace: Pace, traffic: list[bool]) -> list[float]:
+    """The pause after each of these reads, every one made when it is due."""
+    now_s, seen = 100.0, []
+    for there_is in traffic:
+        pace.after_read(there_is, now_s)
+        seen.append(pace.pause_s)
+        now_s += pace.pause_s
+    return seen
+
+
+def test_an_endpoint_with_traffic_is_read_at_the_interval() -> None:
+    assert pauses(Pace(INTERVAL_S, IDLE_S), [True] * 5) == [INTERVAL_S] * 5
+
+
+def test_an_idle_endpoint_is_left_alone_twice_as_long_each_time_up_to_the_limit() -> None:
+    expected = [0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
+    assert pauses(Pace(INTERVAL_S, IDLE_S), [False] * 6) == pytest.approx(expected)
+
+
+def test_traffic_ends_the_back_off_at_once() -> None:
+    assert pauses(Pace(INTERVAL_S, IDLE_S), [False, False, True, False]) == pytest.approx([0.1, 0.2, 0.05, 0.1])
+
+
+def test_a_chosen_endpoint_is_read_at_the_interval_until_its_request_had_time_to_show() -> None:
+    pace = Pace(INTERVAL_S, IDLE_S)
+    pauses(pace, [False] * 6)
+    pace.touched()
+    reads_while_touched = round(TOUCHED_FOR_S / INTERVAL_S)
+    seen = pauses(pace, [False] * (reads_while_touched + 3))
+    assert seen[: reads_while_touched - 1] == [INTERVAL_S] * (reads_while_touched - 1)
+    assert seen[-1] > INTERVAL_S
+
+
+def test_a_refusing_endpoint_is_left_alone_even_when_it_is_chosen() -> None:
+    pace = Pace(INTERVAL_S, IDLE_S)
+    for _ in range(6):
+        pace.touched()
+        pace.after_refusal()
+    assert pace.pause_s == IDLE_S
+    pace.after_read(True, 0.0)
+    assert pace.pause_s == INTERVAL_S
+
+
+def test_an_interval_longer_than_the_idle_one_stays() -> None:
+    pace = Pace(5.0, IDLE_S)
+    assert pauses(pace, [False, True, False]) == [5.0, 5.0, 5.0]
+    assert not pace.backed_off

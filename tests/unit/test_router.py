@@ -396,3 +396,11 @@ def test_a_client_that_wants_a_cached_prompt_or_nothing_is_refused_until_it_is_c
     assert not router.open
     chosen = router.choose(asking(prompt(4)), None, 0.0)
     assert router.choose(asked, None, 0.0).picked == chosen.picked
+
+
+def test_whoever_asks_is_told_of_the_endpoint_of_each_decision() -> None:
+    router = router_of("plugins: [{type: queue-scorer}]", pool_of(endpoints(2)))
+    told: list[str] = []
+    router.on_chosen = lambda chosen: told.append(chosen.key)
+    decisions = [router.choose(request(), None, 0.0) for _ in range(5)]
+    assert told == [decision.picked[0].key for decision in decisions]
