@@ -177,7 +177,7 @@ class Pace:
         self._touched = True
 
     def after_read(self, traffic: bool, now_s: float) -> None:
-        """``traffic``: as the page tells, or our own count."""
+        """``traffic``: as the page tells."""
         if self._touched:
             self._touched, self._touched_at_s = False, now_s
         if traffic or now_s - self._touched_at_s < TOUCHED_FOR_S:
@@ -223,7 +223,7 @@ class _Poller:
                 if self._refused:
                     pace.after_refusal()
                 else:
-                    pace.after_read(self._page_traffic or self._scraper.has_open(self._endpoint), now_s)
+                    pace.after_read(self._page_traffic, now_s)
                 due_s = max(due_s + pace.pause_s, now_s)
                 if await self._sleep(due_s - now_s):
                     due_s = clock()
@@ -283,9 +283,8 @@ def _wake(nap: asyncio.Future[bool], early: bool) -> None:
 class Scraper:
     """Reads every endpoint's ``/metrics``; follows the pool's members.
 
-    One with traffic is read every ``interval_s``: something waits or runs on its last page, ``has_open`` says that a
-    request of ours is there, or it was ``touched`` just now. Any other is left alone longer and longer, up to
-    IDLE_INTERVAL_S, and read at once when it is touched.
+    One with traffic is read every ``interval_s``: something waits or runs on its last page, or it was ``touched`` just
+    now. Any other is left alone longer and longer, up to IDLE_INTERVAL_S, and read at once when it is touched.
     """
 
     def __init__(
@@ -293,13 +292,11 @@ class Scraper:
         pool: Pool,
         interval_s: float,
         clock: Callable[[], float] = time.monotonic,
-        has_open: Callable[[Endpoint], bool] = lambda endpoint: False,
     ) -> None:
         self.pool = pool
         self.interval_s = interval_s
         self.errors = 0
         self.clock = clock
-        self.has_open = has_open
         self._pollers: dict[tuple[str, str], _Poller] = {}
         self._unknown_engines: set[str] = set()
         self._started = 0

@@ -225,15 +225,6 @@ async def test_an_idle_endpoint_is_read_often_enough_for_a_short_limit(server: S
         assert server.requests / 4 < idle_server.requests < server.requests
 
 
-async def test_an_idle_endpoint_with_a_request_of_ours_is_read_like_a_busy_one(
-    server: Server, idle_server: Server
-) -> None:
-    ours = Scraper(Pool(), 0.02, has_open=lambda endpoint: endpoint.name == "idle")
-    async with scraping(ours, at(server), at(idle_server, "idle")):
-        await until(lambda: server.requests >= 40)
-        assert idle_server.requests > server.requests / 2
-
-
 async def test_an_endpoint_that_gets_busy_is_read_more_often_again(server: Server, idle_server: Server) -> None:
     async with scraping(Scraper(Pool(), 0.02), at(server), at(idle_server, "idle")):
         await until(lambda: server.requests >= 20)
