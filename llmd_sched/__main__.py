@@ -62,6 +62,7 @@ def _serve_arguments(p: argparse.ArgumentParser) -> None:
     source = p.add_mutually_exclusive_group()
     source.add_argument("--config-file", help="an EndpointPickerConfig; without one, the built-in default")
     source.add_argument("--config-text", help="the same as text")
+    p.add_argument("--allow-experimental-plugins", action="store_true", help="accept plugin types that are Alpha")
     p.add_argument("--endpoints-file", default="", help="model servers, instead of the config's discovery")
     p.add_argument("--host", default="0.0.0.0", help="address of all three ports (%(default)s)")
     p.add_argument("--grpc-port", type=int, default=9002, help="ext_proc and access logs (%(default)s)")
@@ -108,6 +109,7 @@ def _serve(args: argparse.Namespace) -> int:
         drain_timeout_s=args.drain_timeout,
         scrape_interval_s=args.refresh_metrics_interval,
         metrics_stale_after_s=args.metrics_staleness_threshold,
+        allow_experimental_plugins=args.allow_experimental_plugins,
         endpoints_file=args.endpoints_file,
         outcome_log=args.outcome_log,
         predictor_state_dir=args.predictor_state_dir,
@@ -125,6 +127,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _check_config_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("file", help="an EndpointPickerConfig")
+    p.add_argument("--allow-experimental-plugins", action="store_true", help="accept plugin types that are Alpha")
 
 
 def _check_config(args: argparse.Namespace) -> int:
@@ -133,10 +136,13 @@ def _check_config(args: argparse.Namespace) -> int:
     from llmd_sched.catalog import resolve
 
     try:
-        resolved = resolve(configs.load(_read_config(args.file)))
+        config = configs.load(_read_config(args.file))
+        resolved = resolve(config, allow_experimental=args.allow_experimental_plugins)
     except ConfigError as e:
         print(f"{args.file}: {e}" if e.path != args.file else str(e), file=sys.stderr)
         return 1
+    for warning in resolved.warnings:
+        print(f"{args.file}: warning: {warning}", file=sys.stderr)
     print(yaml.safe_dump(resolved.as_document(), sort_keys=False, default_flow_style=False), end="")
     return 0
 

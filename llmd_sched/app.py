@@ -31,6 +31,7 @@ from llmd_sched.errors import ConfigError
 from llmd_sched.extproc.server import EXT_PROC, ExtProcServer, ServerSettings
 from llmd_sched.extproc.service import EndpointPicker
 from llmd_sched.extproc.tls import certificate
+from llmd_sched.plugin import Identity, Reporter
 from llmd_sched.pool.discovery import FileDiscovery, FileWatcher
 from llmd_sched.pool.pool import Pool
 from llmd_sched.pool.scrape import Scraper
@@ -65,6 +66,7 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
     drain_timeout_s: float = 30.0
     scrape_interval_s: float = MIN_SCRAPE_INTERVAL_S
     metrics_stale_after_s: float = 2.0
+    allow_experimental_plugins: bool = False
     endpoints_file: str = ""
     """Used instead of ``dataLayer.discovery``."""
     outcome_log: str = ""
@@ -80,7 +82,10 @@ class Scheduler:
 
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
-        self.resolved = resolve(configs.load(settings.config_text))
+        config = configs.load(settings.config_text)
+        self.resolved = resolve(config, allow_experimental=settings.allow_experimental_plugins)
+        for warning in self.resolved.warnings:
+            log.warning("%s", warning)
         self.pool = Pool(settings.metrics_stale_after_s)
         self.router: Router = build_router(
             self.resolved, self.pool, Random(settings.seed), ticket_prefix=secrets.token_hex(4) + "-"
@@ -100,9 +105,16 @@ class Scheduler:
     async def _start(self) -> None:
         settings = self.settings
         picker = EndpointPicker(
-            self.router, build_parsers(self.resolved), self.telemetry, outcome_log=self._outcome_log()
+            self.router,
+            build_parsers(self.resolved),
+            self.telemetry,
+            outcome_log=self._outcome_log(),
+            identities=self.resolved.kind(Identity),
+            reporters=list(self.resolved.kind(Reporter).values()),
+            plugin_headers={name for d in self.resolved.plugins.values() for name in d.plugin.headers()},
         )
-        self.ext_proc = ExtProcServer(picker, settings.server)
+        own_headers = self.router.scheduling.handler.own_headers
+        self.ext_proc = ExtProcServer(picker, msgspec.structs.replace(settings.server, own_headers=own_headers))
         self._warm_up()
         await self._start_trainers()
         await self._start_pool()

@@ -68,9 +68,44 @@ class SchedulingProfile(_Strict, frozen=True):
     plugins: tuple[ProfilePlugin, ...] = ()
 
 
+class DataSource(_Strict, frozen=True):
+    plugin_ref: str
+    extractors: tuple[PluginRef, ...] = ()
+
+
 class DataLayer(_Strict, frozen=True):
     inject_defaults: bool = True
+    """Metrics are read though no source is given; false only if ``sources`` say what is."""
+    sources: tuple[DataSource, ...] = ()
     discovery: PluginRef | None = None
+    peer_discovery: PluginRef | None = None
+    cross_replica_syncer_plugin_ref: str | None = None
+    cross_replica_sync_interval: str = "200ms"
+
+
+class PriorityBand(_Strict, frozen=True):
+    """``maxBytes`` and ``maxRequests`` 0 or missing: the defaults of flow control."""
+
+    priority: int | None = None
+    max_bytes: str | int | None = None
+    max_requests: str | int | None = None
+    fairness_policy_ref: str | None = None
+    ordering_policy_ref: str | None = None
+
+
+class FlowControl(_Strict, frozen=True):
+    """Quantities as Kubernetes writes them (``10Gi``, ``1k``), 0 = no limit; durations as Go does."""
+
+    max_bytes: str | int = 0
+    max_requests: str | int = 0
+    default_request_ttl: str | None = msgspec.field(default=None, name="defaultRequestTTL")
+    no_endpoint_request_ttl: str | None = msgspec.field(default=None, name="noEndpointRequestTTL")
+    default_priority_band: PriorityBand | None = None
+    default_negative_priority_band: PriorityBand | None = None
+    priority_bands: tuple[PriorityBand, ...] = ()
+    usage_limit_policy_plugin_ref: str | None = None
+    saturation_detector: PluginRef | None = None
+    enable_eviction: bool = False
 
 
 class RequestHandler(_Strict, frozen=True):
@@ -84,13 +119,20 @@ class EndpointPickerConfig(_Strict, frozen=True):
     plugins: tuple[PluginSpec, ...] = ()
     scheduling_profiles: tuple[SchedulingProfile, ...] = ()
     data_layer: DataLayer = DataLayer()
+    flow_control: FlowControl | None = None
     request_handler: RequestHandler = RequestHandler()
     parser: PluginRef | None = None
     """Deprecated place of a single parser; ``requestHandler.parsers`` wins."""
+    saturation_detector: PluginRef | None = None
+    """Deprecated place; ``flowControl.saturationDetector`` wins."""
 
-
-NOT_BUILT_YET = ("flowControl", "saturationDetector")
-"""Blocks of the reference's schema this version refuses rather than ignores."""
+    def gate(self, name: str) -> bool:
+        """Whether a feature gate is on; the last word on it counts."""
+        on = FEATURE_GATES[name]
+        for text in self.feature_gates:
+            gate, _, value = text.partition("=")
+            on = value != "false" if gate == name else on
+        return on
 
 
 def load(text: str) -> EndpointPickerConfig:
@@ -98,17 +140,12 @@ def load(text: str) -> EndpointPickerConfig:
     document = read_yaml(text)
     if not isinstance(document, dict):
         raise ConfigError(f"expected a mapping with apiVersion and kind, got {type(document).__name__}")
-    for field in NOT_BUILT_YET:
-        if field in document:
-            raise ConfigError("this block is not supported yet; remove it", f"$.{field}")
     config = convert(document, EndpointPickerConfig)
     if config.api_version not in API_VERSIONS:
         accepted = ", ".join(API_VERSIONS)
         raise ConfigError(f"unknown apiVersion {config.api_version!r}; accepted: {accepted}", "$.apiVersion")
     if config.kind != KIND:
         raise ConfigError(f"unknown kind {config.kind!r}; accepted: {KIND}", "$.kind")
-    if not config.data_layer.inject_defaults:
-        raise ConfigError("metrics are always read; remove it or set it to true", "$.dataLayer.injectDefaults")
     for i, gate in enumerate(config.feature_gates):
         _check_gate(gate, f"$.featureGates[{i}]")
     return config
@@ -120,8 +157,6 @@ def _check_gate(gate: str, path: str) -> None:
         raise ConfigError(f"unknown feature gate {name!r}; known: {', '.join(sorted(FEATURE_GATES))}", path)
     if value not in ("", "true", "false"):
         raise ConfigError(f"{gate!r}: the value must be true or false", path)
-    if name == "flowControl" and value != "false":
-        raise ConfigError("flowControl is not supported yet; remove the gate", path)
 
 
 def read_yaml(text: str, source: str = "$") -> Any:
@@ -186,6 +221,21 @@ def duration_s(text: str) -> float:
     if not text or (text != "0" and "".join(number + unit for number, unit in parts) != text):
         raise ValueError(f"{text!r} is not a duration such as 500ms, 30s, 5m or 1h30m")
     return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+
+
+_QUANTITY = re.compile(r"(\d+(?:\.\d+)?)(k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei|)")
+_POWERS = {"": (1, 0)} | {u: (1000, i) for i, u in enumerate("kMGTPE", 1)}
+_POWERS |= {f"{u}i": (1024, i) for i, u in enumerate("KMGTPE", 1)}
+
+
+def quantity(value: str | int) -> int:
+    """A whole number as Kubernetes writes it: ``10Gi``, ``500M``, ``1k``. Raises ValueError saying so."""
+    found = _QUANTITY.fullmatch(str(value))
+    if not found:
+        raise ValueError(f"{value!r} is not a quantity such as 1000, 1k, 500M or 10Gi, 0 or more")
+    base, power = _POWERS[found[2]]
+    factor = int(base**power)
+    return round(float(found[1]) * factor) if "." in found[1] else int(found[1]) * factor
 
 
 def _struct_in(annotation: Any) -> Any:

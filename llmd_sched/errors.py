@@ -8,6 +8,8 @@ SchedError
     ├── NotCached            412 (the client asked for a cached prompt or nothing)
     ├── NoCandidates         503, rejected-no-endpoints
     ├── NoneLeft             429, rejected-saturated (filters drained the candidates)
+    ├── NotAdmitted          429, rejected-saturated (an admitter refused)
+    ├── Evicted              429, evicted (it was under way; flow control needed the room)
     ├── NoEndpoints          500 (a request without a body, and nowhere to send it)
     └── UnsupportedMode      500 (the proxy is configured in a way we do not speak)
 """
@@ -67,6 +69,22 @@ class NoneLeft(RequestError):
     """Every candidate was filtered out."""
 
     status, code, reason = 429, "ResourceExhausted", "rejected-saturated"
+
+
+class NotAdmitted(RequestError):
+    """An admitter refused. The reference answers 500, which clients take for a fault of the server's."""
+
+    status, code, reason = 429, "ResourceExhausted", "rejected-saturated"
+
+
+class Evicted(RequestError):
+    """Ended while it was under way. The body is the message alone, as the reference sends it."""
+
+    status, code, reason = 429, "ResourceExhausted", "evicted"
+
+    @property
+    def body(self) -> str:
+        return str(self)
 
 
 class NoEndpoints(RequestError):

@@ -11,6 +11,13 @@ MODEL_REWRITE = ("x-llm-d-model-name-rewrite", "x-gateway-model-name-rewrite")
 TTFT_SLO_MS = ("x-llm-d-slo-ttft-ms", "x-slo-ttft-ms")
 TPOT_SLO_MS = ("x-llm-d-slo-tpot-ms", "x-slo-tpot-ms")
 
+PREFILLER = "x-prefiller-host-port"
+ENCODERS = "x-encoder-hosts-ports"
+DATA_PARALLEL = "x-data-parallel-host-port"
+SESSION_TOKEN = "x-session-token"
+SESSION_ID = "x-session-id"
+TEST_SELECTION = "test-epp-endpoint-selection"
+
 DROPPED_REASON = "x-llm-d-request-dropped-reason"
 REQUEST_ID = "x-request-id"
 CONTENT_LENGTH = "content-length"
@@ -26,6 +33,7 @@ NAMESPACE_OURS = "llmd"
 """Dynamic metadata of our own: what the scheduler tells the access log, and what the Lua filter noted."""
 
 TICKET = "ticket"
+REPLY_HEADERS = "reply_headers"
 FIRST_BODY_US = "first_us"
 LAST_BODY_US = "last_us"
 BODY_EVENTS = "events"

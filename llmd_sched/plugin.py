@@ -2,8 +2,8 @@
 
 A plugin is one small frozen struct. Its fields are its YAML parameters (camelCase in YAML, unknown ones refused), its
 docstring is its manual with units. It has one pure verb that gets all candidates at once and returns one aligned
-array; randomness is an argument. Filters, scorers and pickers are used as they are; a producer and anything else
-that owns state is *opened* once per process.
+array; randomness is an argument. What owns no state is used as it is; a ``Stateful`` plugin is *opened* once per
+process, and the live object it makes, a ``Producer``, acts in its place.
 
 What a plugin reads that another produces is declared in ``reads`` and checked when the profile is built.
 """
@@ -11,8 +11,9 @@ What a plugin reads that another produces is declared in ``reads`` and checked w
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from random import Random
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import msgspec
 import numpy as np
@@ -27,12 +28,14 @@ class Attribute(enum.StrEnum):
     PREFIX_MATCH = "PrefixCacheMatchInfo"
     INFLIGHT_LOAD = "InFlightLoad"
     LATENCY = "LatencyPredictionInfo"
+    SESSION_ID = "SessionID"
 
 
 DEFAULT_PRODUCER = {
     Attribute.PREFIX_MATCH: "approx-prefix-cache-producer",
     Attribute.INFLIGHT_LOAD: "inflight-load-producer",
     Attribute.LATENCY: "predicted-latency-producer",
+    Attribute.SESSION_ID: "session-id-producer",
 }
 """The plugin that is added by itself when something needs the attribute and nothing makes it."""
 
@@ -59,6 +62,22 @@ class Plugin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def check(self) -> None:
         """Raise ValueError when parameters are each valid but not together."""
 
+    def headers(self) -> tuple[str, ...]:
+        """Request headers it looks at, lower case, beyond those every scheduler reads."""
+        return ()
+
+
+class Keeps(Protocol):
+    """What filters, or the live object of one that has state."""
+
+    def keep(self, request: Request, candidates: Candidates, rng: Random) -> NDArray[np.bool_]: ...
+
+
+class Scoring(Protocol):
+    """What scores, or the live object of a scorer that has state."""
+
+    def score(self, request: Request, candidates: Candidates) -> Array: ...
+
 
 class Filter(Plugin, frozen=True):
     def keep(self, request: Request, candidates: Candidates, rng: Random) -> NDArray[np.bool_]:
@@ -84,8 +103,31 @@ class Picker(Plugin, frozen=True):
         raise NotImplementedError
 
 
-class Handler(Plugin, frozen=True):
-    """Decides which profiles run."""
+class Admitter(Plugin, frozen=True):
+    """Has the last word before a request is scheduled."""
+
+    def refusal(self, request: Request, candidates: Candidates, rng: Random) -> str:
+        """Why the request is not admitted; empty when it is."""
+        raise NotImplementedError
+
+
+class Identity(Plugin, frozen=True):
+    """Reads from a request's headers whose it is."""
+
+    names_flow: ClassVar[bool] = False
+    """Its value is the request's fairness id where no header gives one."""
+
+    def of(self, headers: Mapping[str, str]) -> str:
+        """Empty when nothing says."""
+        raise NotImplementedError
+
+
+class Reporter(Plugin, frozen=True):
+    """Tells the proxy something of each reply that has ended, as dynamic metadata."""
+
+    def report(self, outcome: Outcome) -> tuple[str, str, int] | None:
+        """Metadata namespace, key and value; None when there is nothing to tell."""
+        raise NotImplementedError
 
 
 class Parser(Plugin, frozen=True):
@@ -108,10 +150,14 @@ class Parsed(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""
     names_model: bool = True
     """False when the format has no model field; then its absence is no error."""
+    media: int = 0
+    """Images, videos and sounds in the prompt."""
+    skip_reply: bool = False
+    """Nothing is generated, so nobody follows the reply."""
 
 
 class Producer:
-    """An opened producer: makes columns for each request, and may follow the request to its end.
+    """An opened plugin: may make columns for each request, and follow the request to its end.
 
     Hooks are called exactly once each, in the order produce, chosen, (first_token), finished; ``finished`` comes for
     every chosen request, aborted ones too.
@@ -123,9 +169,17 @@ class Producer:
     def produce(self, request: Request, candidates: Candidates, now_s: float) -> dict[str, Array]:
         return {}
 
+    def load(self, candidates: Candidates, now_s: float) -> dict[str, Array]:
+        """Columns of what is in flight on each endpoint, of no request in particular."""
+        return {}
+
     def predicted(self, candidates: Candidates, position: int) -> Prediction | None:
         """What was predicted for the endpoint at ``position`` of the full column."""
         return None
+
+    def reply_headers(self, request: Request, candidates: Candidates, stages: Mapping[str, int]) -> Mapping[str, str]:
+        """Headers to add to the reply. ``stages``: profile -> position of the endpoint it picked first."""
+        return {}
 
     def chosen(self, decision: Decision, candidates: Candidates, position: int, now_s: float) -> None: ...
 
@@ -137,10 +191,14 @@ class Producer:
         """The pool's members after an addition or removal."""
 
 
-class ProducerPlugin(Plugin, frozen=True):
-    """Parameters of a producer; ``open`` makes the live one."""
-
-    provides: ClassVar[Attribute]
+class Stateful(Plugin, frozen=True):
+    """Parameters of a plugin that owns state; ``open`` makes the live one, which filters or scores if this does."""
 
     def open(self, name: str) -> Producer:
         raise NotImplementedError
+
+
+class ProducerPlugin(Stateful, frozen=True):
+    """Parameters of a producer."""
+
+    provides: ClassVar[Attribute]

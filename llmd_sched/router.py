@@ -1,6 +1,6 @@
 """The one walk of a request: choose an endpoint, follow the request, learn from its end.
 
-    choose(request, now)         pool -> producers -> profile -> Decision; the endpoint is charged
+    choose(request, now)         pool -> producers -> admitters -> profiles -> Decision; the endpoint is charged
     first_token(ticket, now)     the prompt has been computed there
     finish(ticket, outcome, now) exactly once; the charge is given back and the producers learn
 
@@ -14,11 +14,11 @@ import heapq
 from collections.abc import Callable, Collection, Sequence
 from random import Random
 
-from llmd_sched.errors import NoCandidates, NoEndpoints, NotCached
-from llmd_sched.plugin import DEFAULT_PRODUCER, Attribute, Producer
+from llmd_sched.errors import NoCandidates, NoEndpoints, NotAdmitted, NotCached
+from llmd_sched.plugin import DEFAULT_PRODUCER, Admitter, Attribute, Producer
 from llmd_sched.pool.pool import Pool
-from llmd_sched.sched.pipeline import Picked, Profile
-from llmd_sched.types import Candidates, Decision, End, Endpoint, Outcome, Request, Scores
+from llmd_sched.sched.handlers import Choice, Scheduling
+from llmd_sched.types import Array, Candidates, Decision, End, Endpoint, Outcome, Request, Scores, Stage, Trace
 
 MAX_OPEN_REQUESTS = 200_000
 LOST_AFTER_S = 3600.0
@@ -26,6 +26,9 @@ LOST_AFTER_S = 3600.0
 
 IDLE_LOST_AFTER_S = 10.0
 """... and after this long when its engine, freshly read, has nothing running and nothing waiting."""
+
+TRACED = ("ttft_ms", "tpot_ms", "ttft_headroom_ms", "tpot_headroom_ms", "prefix_match_blocks", "uncached_tokens")
+"""Columns a decision's trace keeps."""
 
 
 class _Contained:
@@ -52,20 +55,32 @@ class Router:
     """Composed by ``catalog.build_router``; owns the requests that are open."""
 
     def __init__(
-        self, pool: Pool, producers: Sequence[Producer], profile: Profile, rng: Random, *, ticket_prefix: str = ""
+        self,
+        pool: Pool,
+        producers: Sequence[Producer],
+        scheduling: Scheduling,
+        rng: Random,
+        *,
+        admitters: Sequence[Admitter] = (),
+        ticket_prefix: str = "",
     ) -> None:
         self.pool = pool
         self.producers = tuple(producers)
-        self.profile = profile
+        self.scheduling = scheduling
+        self.admitters = tuple(admitters)
         self.open: dict[str, Decision] = {}
         self._guards = {p.name: _Contained(p.name) for p in producers}
         self.lost = 0
         self.on_chosen: Callable[[Endpoint], None] = lambda endpoint: None
-        """Told of the endpoint of each decision, at once."""
+        """Told of each endpoint of a decision, at once."""
+        self.on_finished: Callable[[], None] = lambda: None
+        """Told that a request has ended: there is room for another."""
         self._rng = rng
         self._tickets = 0
         self._ticket_prefix = ticket_prefix
         self._first_tokens: list[tuple[float, str]] = []
+        self._traced = tuple(f"{column}/{p.name}" for p in producers for column in TRACED)
+        self._reply_headers = tuple(p for p in producers if type(p).reply_headers is not Producer.reply_headers)
         pool.on_change.append(self._endpoints_changed)
         self._endpoints_changed(pool.endpoints)
 
@@ -84,24 +99,44 @@ class Router:
         return next((f"{name}: {g.last_error}" for name, g in self._guards.items() if g.errors), "")
 
     def choose(self, request: Request, subset: Collection[str] | None, now_s: float) -> Decision:
-        """Raises NoCandidates when pool or subset is empty, NoneLeft when the filters leave nothing, NotCached."""
+        """Raises NoCandidates when pool or subset is empty, NotAdmitted, NoneLeft when the filters leave nothing,
+        NotCached."""
         self._infer_first_tokens(now_s)
         candidates = self.pool.candidates(subset, now_s)
         if not len(candidates):
             raise NoCandidates("failed to find endpoint candidates for serving the request")
         candidates, producers = self._produce(request, candidates, now_s)
-        picked = self.profile.run(request, candidates, self._rng)
-        if request.only_if_cached and not _holds_prefix(candidates, int(picked.order[0])):
+        for one in self.admitters:
+            if refusal := one.refusal(request, candidates, self._rng):
+                raise NotAdmitted(f"request cannot be admitted: {refusal}")
+        choice = self.scheduling.run(request, candidates, self._rng)
+        position = int(choice.picked.order[0])
+        if request.only_if_cached and not _holds_prefix(candidates, position):
             raise NotCached("no decode worker has the requested KV cache")
-        decision = self._decide(request, candidates, producers, picked, now_s)
+        decision = self._decide(request, candidates, producers, choice, now_s)
         self.open[decision.ticket] = decision
-        self.on_chosen(decision.picked[0])
-        for producer in producers:
-            with self._contained(producer):
-                producer.chosen(decision, candidates, int(picked.order[0]), now_s)
+        self._tell_chosen(decision, candidates, producers, position, now_s)
         if len(self.open) > MAX_OPEN_REQUESTS:
             self.finish(next(iter(self.open)), Outcome(end=End.LOST), now_s)
         return decision
+
+    def _tell_chosen(
+        self, decision: Decision, candidates: Candidates, producers: list[Producer], position: int, now_s: float
+    ) -> None:
+        self.on_chosen(decision.picked[0])
+        for stage in decision.stages:
+            self.on_chosen(stage.picked[0])
+        for producer in producers:
+            with self._contained(producer):
+                producer.chosen(decision, candidates, position, now_s)
+
+    def load(self, now_s: float) -> Candidates:
+        """The whole pool and what is in flight there, as saturation detectors look at it."""
+        candidates = self.pool.candidates(None, now_s)
+        columns: dict[str, Array] = {}
+        for producer in self.producers:
+            columns |= producer.load(candidates, now_s)
+        return candidates.with_columns(columns)
 
     def choose_any(self, subset: Collection[str] | None, now_s: float) -> Endpoint:
         """For a request without a body: any reachable endpoint of the subset. Raises NoEndpoints."""
@@ -123,21 +158,36 @@ class Router:
         return self._guards[producer.name]
 
     def _decide(
-        self, request: Request, candidates: Candidates, producers: list[Producer], picked: Picked, now_s: float
+        self, request: Request, candidates: Candidates, producers: list[Producer], choice: Choice, now_s: float
     ) -> Decision:
         self._tickets += 1
+        picked, endpoints, columns = choice.picked, candidates.endpoints, candidates.columns
         best = int(picked.order[0])
-        endpoints = candidates.endpoints
         predictions = (p.predicted(candidates, best) for p in producers)
+        chosen = tuple(endpoints[i] for i in picked.order)
+        stages = [Stage(n, tuple(endpoints[i] for i in p.order), int(p.order[0])) for n, p in choice.beside.items()]
+        positions = {choice.profile: best} | {s.profile: s.position for s in stages}
         return Decision(
             ticket=f"{self._ticket_prefix}{self._tickets:x}",
             request=request,
-            picked=tuple(endpoints[i] for i in picked.order),
+            picked=chosen,
+            stages=tuple(stages),
+            elsewhere=choice.destination,
+            headers=choice.headers,
+            reply_headers=self._headers_for_reply(request, candidates, positions),
             scores=Scores(endpoints, picked.scored, picked.scores),
             prediction=next((p for p in predictions if p is not None), None),
             explored=picked.explored,
+            trace=Trace(endpoints, {n: columns[n] for n in self._traced if n in columns}, picked.verdicts),
             at_s=now_s,
         )
+
+    def _headers_for_reply(self, request: Request, candidates: Candidates, positions: dict[str, int]) -> dict[str, str]:
+        headers: dict[str, str] = {}
+        for producer in self._reply_headers:
+            with self._contained(producer):
+                headers.update(producer.reply_headers(request, candidates, positions))
+        return headers
 
     def expect_first_token(self, ticket: str, at_s: float) -> None:
         """On a path that does not show the first token, assume it at this time (the predicted one)."""
@@ -164,6 +214,7 @@ class Router:
         for producer in self.producers:
             with self._contained(producer):
                 producer.finished(ticket, outcome, now_s)
+        self.on_finished()
         return decision
 
     def reap(self, now_s: float) -> int:

@@ -43,6 +43,14 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int = 0
     only_if_cached: bool = False
     """Refuse it unless the chosen endpoint holds some of the prompt."""
+    media: int = 0
+    """Images, videos and sounds in the prompt."""
+    skip_reply: bool = False
+    """Nothing is generated, so nobody follows the reply."""
+    headers: Mapping[str, str] = msgspec.field(default_factory=dict)
+    """Of those a plugin asked for, the ones the request has: lower-case name -> value."""
+    identities: Mapping[str, str] = msgspec.field(default_factory=dict)
+    """Name of a plugin that tells whose a request is -> what it said; absent when it said nothing."""
 
 
 class Endpoint(msgspec.Struct, frozen=True, dict=True):
@@ -188,6 +196,40 @@ class Scores(Mapping[str, float]):
         return len(self._index)
 
 
+class Stage(msgspec.Struct, frozen=True):
+    """What one more profile picked, beside the primary one."""
+
+    profile: str
+    picked: tuple[Endpoint, ...]
+    position: int
+    """Of the first one among the candidates."""
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """What one filter left, as rows of the candidates' columns."""
+
+    filter: str
+    kept: NDArray[np.intp]
+
+
+class Trace(msgspec.Struct, frozen=True):
+    """How a decision came about, rendered when somebody asks."""
+
+    endpoints: Sequence[Endpoint]
+    columns: Mapping[str, Array]
+    """What producers said of each endpoint."""
+    verdicts: tuple[Verdict, ...] = ()
+
+    def as_json(self) -> dict[str, object]:
+        keys = [e.key for e in self.endpoints]
+        produced = {
+            name: dict(zip(keys, (round(v, 4) for v in values.tolist()), strict=True))
+            for name, values in self.columns.items()
+        }
+        filters = [{"filter": v.filter, "kept": [keys[i] for i in v.kept.tolist()]} for v in self.verdicts]
+        return {"produced": produced, "filters": filters}
+
+
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """Where a request goes, and why."""
 
@@ -196,6 +238,21 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     request: Request
     picked: tuple[Endpoint, ...]
     """In order of preference; the first is the one that is charged."""
+    stages: tuple[Stage, ...] = ()
+    """Endpoints that do part of the work (prefill, encode), by profile."""
+    elsewhere: str = ""
+    """The destination where it is not simply the endpoints picked."""
+    headers: Mapping[str, str] = msgspec.field(default_factory=dict)
+    """To set on the request."""
+    reply_headers: Mapping[str, str] = msgspec.field(default_factory=dict)
+    """To set on the reply."""
+    trace: Trace | None = None
+
+    @property
+    def destination(self) -> str:
+        """``ip:port``, or several in order of preference, comma separated."""
+        return self.elsewhere or ",".join(e.hostport for e in self.picked)
+
     scores: Mapping[str, float]
     """``ip:port`` -> total score, for every candidate that was scored."""
     prediction: Prediction | None
@@ -212,6 +269,8 @@ class End(enum.StrEnum):
     """The client went away, or the stream broke off and nobody can say on which side."""
     UPSTREAM_FAILED = "upstream-failed"
     """The model server could not be reached, or broke off in mid-reply."""
+    EVICTED = "evicted"
+    """We ended it ourselves, to make room."""
     LOST = "lost"
     """No outcome was ever reported (the proxy died, an access-log entry was lost)."""
 

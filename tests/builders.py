@@ -125,7 +125,7 @@ def pool_of(members: Iterable[Endpoint], loads: Mapping[str, Load] | None = None
 
 def router_of(text: str, pool: Pool, seed: int = 0) -> Router:
     """The router of a configuration without its head."""
-    return build_router(resolve(load(CONFIG_HEAD + text)), pool, Random(seed))
+    return build_router(resolve(load(CONFIG_HEAD + text), allow_experimental=True), pool, Random(seed))
 
 
 def decision(ticket: str, asked: Request, picked: Endpoint, prediction: Prediction | None = None) -> Decision:

@@ -90,6 +90,9 @@ def decision_metadata(destination: str, decision: Decision | None, *, emit_score
         ours["model_version"].number_value = decision.prediction.model_version
         ours["predicted_ttft_ms"].number_value = round(decision.prediction.ttft_ms, 3)
         ours["predicted_tpot_ms"].number_value = round(decision.prediction.tpot_ms, 3)
+    if decision.reply_headers:
+        # The lean path has no other way to a reply's headers than the Lua filter, which reads this.
+        ours[names.REPLY_HEADERS].struct_value.update(dict(decision.reply_headers))
     return metadata
 
 

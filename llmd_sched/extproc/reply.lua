@@ -7,8 +7,12 @@ local function note(handle, key, value)
 end
 
 function envoy_on_response(handle)
-  if handle:streamInfo():dynamicMetadata():get("llmd") == nil then
+  local ours = handle:streamInfo():dynamicMetadata():get("llmd")
+  if ours == nil then
     return
+  end
+  for name, value in pairs(ours["reply_headers"] or {}) do
+    handle:headers():replace(name, value)
   end
   local content_type = handle:headers():get("content-type") or ""
   local streamed = string.find(content_type, "text/event-stream", 1, true) ~= nil

@@ -7,14 +7,14 @@ Envoy's, so no generated stubs are needed.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
 import msgspec
 from grpc import aio
 
-from llmd_sched.errors import RequestError
+from llmd_sched.errors import Evicted, RequestError
 from llmd_sched.extproc.accesslog import read_entry
 from llmd_sched.extproc.messages import ProcessingRequest, ProcessingResponse
 from llmd_sched.extproc.service import EndpointPicker
@@ -35,6 +35,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: int = 8 << 20
     honour_subset: bool = True
     emit_scores: bool = False
+    own_headers: tuple[str, ...] = ()
+    """Request headers nobody but us may set."""
 
     @property
     def grpc_options(self) -> list[tuple[str, int]]:
@@ -67,26 +69,46 @@ class ExtProcServer:
         self.picker = picker
         self.settings = settings
         self.open_streams = 0
+        self._streams: dict[str, _Stream] = {}
+        """Ticket -> its stream on the duplex path, where a request under way can be ended."""
 
     def add_to(self, server: aio.Server) -> None:
         server.add_generic_rpc_handlers(handlers(self.process, self.access_logs))
 
     async def process(self, _: AsyncIterator[Any], context: aio.ServicerContext[Any, Any]) -> None:
         """One HTTP request."""
-        settings = self.settings
-        stream = _Stream(
-            self.picker,
-            Session(settings.max_body_bytes, honour_subset=settings.honour_subset, emit_scores=settings.emit_scores),
-        )
+        stream = _Stream(self.picker, self._session(), context)
         self.open_streams += 1
         try:
             while not stream.session.done and (message := await context.read()) is not aio.EOF:
-                for reply in stream.receive(message):
+                stream.delivered = False
+                for reply in await stream.receive(message):
                     await context.write(reply)
                 stream.delivered = True
+                if stream.ticket is not None and stream.session.path is Path.DUPLEX:
+                    self._streams[stream.ticket] = stream
         finally:
             self.open_streams -= 1
+            self._streams.pop(stream.ticket or "", None)
             stream.closed()
+
+    def _session(self) -> Session:
+        settings = self.settings
+        return Session(
+            settings.max_body_bytes,
+            honour_subset=settings.honour_subset,
+            emit_scores=settings.emit_scores,
+            ours=settings.own_headers,
+            report=self.picker.report,
+        )
+
+    async def evict(self, ticket: str) -> bool:
+        """End a request that is under way, with 429. False when it cannot be: it has ended, or is on the lean path."""
+        stream = self._streams.pop(ticket, None)
+        if stream is None or stream.session.done:
+            return False
+        await stream.evict()
+        return True
 
     async def access_logs(
         self, messages: AsyncIterator[als_pb2.StreamAccessLogsMessage], context: aio.ServicerContext[Any, Any]
@@ -103,33 +125,37 @@ class ExtProcServer:
 class _Stream:
     """A session and the decision made for it."""
 
-    def __init__(self, picker: EndpointPicker, session: Session) -> None:
+    def __init__(self, picker: EndpointPicker, session: Session, context: aio.ServicerContext[Any, Any]) -> None:
         self.picker = picker
         self.session = session
         self.ticket: str | None = None
         self.delivered = True
         """Envoy has all our replies so far."""
+        self._context = context
 
-    def receive(self, message: ProcessingRequest) -> list[ProcessingResponse]:
-        self.delivered = False
-        return self._replies(self.session.receive(message, self.picker.clock()))
+    async def receive(self, message: ProcessingRequest) -> list[ProcessingResponse]:
+        events = self.session.receive(message, self.picker.clock())
+        if len(events) == 1 and isinstance(events[0], Route):
+            events = await self._route(events[0])
+        return self._replies(events)
 
-    def _replies(self, events: list[Event]) -> list[ProcessingResponse]:
+    def _replies(self, events: Sequence[Event]) -> list[ProcessingResponse]:
+        """What to send; what there is to tell is told."""
         replies: list[ProcessingResponse] = []
         for event in events:
             if isinstance(event, ProcessingResponse):
                 replies.append(event)
             elif isinstance(event, Route):
-                replies += self._replies(self._route(event))
+                raise AssertionError("a route is asked for alone")
             elif self.ticket is not None:
                 self._tell(event, self.ticket)
         return replies
 
-    def _route(self, route: Route) -> list[Event]:
+    async def _route(self, route: Route) -> list[Event]:
         try:
             if route.body is None:
                 return self.session.routed_blindly(*self.picker.route_blindly(route))
-            decision, body, changed = self.picker.route(route, route.body)
+            decision, body, changed = await self.picker.route(route, route.body)
         except RequestError as error:
             return self.session.refused(error)
         self.ticket = decision.ticket
@@ -142,6 +168,12 @@ class _Stream:
             self.picker.first_token(ticket)
         else:
             self.picker.finish(ticket, event.outcome)
+
+    async def evict(self) -> None:
+        """Envoy resets the stream upon this, which ends the loop that reads it."""
+        self._replies(self.session.peer_closed(self.picker.clock(), End.EVICTED))
+        for reply in self.session.refused(Evicted("request evicted by flow control")):
+            await self._context.write(reply)
 
     def closed(self) -> None:
         """Exactly once, whatever happened: an open request that nobody will report on is given back now."""

@@ -11,23 +11,26 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
+from google.protobuf.struct_pb2 import Struct
 
 from llmd_sched import headers as names
 from llmd_sched.errors import BadRequest, RequestError, UnsupportedMode
 from llmd_sched.extproc.session import Route
 from llmd_sched.parsers.openai import with_model
 from llmd_sched.parsers.registry import ParserRegistry
-from llmd_sched.plugin import Parsed
+from llmd_sched.plugin import Identity, Parsed, Reporter
 from llmd_sched.prefix.hashing import BYTES_PER_TOKEN
 from llmd_sched.router import Router
 from llmd_sched.telemetry import Series, Telemetry
 from llmd_sched.types import Decision, End, Endpoint, Outcome, Request
 
 log = logging.getLogger(__name__)
+
+DEFAULT_FLOW = "default-flow"
 
 MAX_SLO_MS = 86_400_000.0
 """A day; anything beyond is a mistake, not a target."""
@@ -46,8 +49,18 @@ class Routed(NamedTuple):
     body_changed: bool
 
 
+Admit = Callable[[Request, Collection[str] | None], Awaitable[Decision]]
+"""Waits until there is room for a request, then chooses. Raises RequestError."""
+
+Tokenize = Callable[[str, bytes], Awaitable[tuple[bytes, ...] | None]]
+"""Path and body -> the prompts' token ids, as ``Request.prompts`` has them; None = nobody could tell."""
+
+
 class EndpointPicker:
-    """One per process. ``clock`` is the time everything in it is measured on, in seconds."""
+    """One per process. ``clock`` is the time everything in it is measured on, in seconds.
+
+    ``identities`` by name, and ``plugin_headers`` (lower case): the request headers plugins look at.
+    """
 
     def __init__(
         self,
@@ -57,16 +70,33 @@ class EndpointPicker:
         *,
         clock: Callable[[], float] = time.monotonic,
         outcome_log: logging.Logger | None = None,
+        admit: Admit | None = None,
+        tokenize: Tokenize | None = None,
+        identities: Mapping[str, Identity] | None = None,
+        reporters: Sequence[Reporter] = (),
+        plugin_headers: Collection[str] = (),
     ) -> None:
         self.router = router
         self.parsers = parsers
         self.telemetry = telemetry
         self.clock = clock
         self._outcome_log = outcome_log
+        self._admit = admit or self._choose
+        self._tokenize = tokenize
+        self._identities = identities or {}
+        self._reporters = tuple(reporters)
+        self._plugin_headers = tuple(plugin_headers)
 
-    def route(self, route: Route, body: bytes) -> Routed:
+    async def _choose(self, request: Request, subset: Collection[str] | None) -> Decision:
+        return self.router.choose(request, subset, self.clock())
+
+    async def route(self, route: Route, body: bytes) -> Routed:
         """Raises RequestError."""
-        parsed = self.parsers.parse(_path(route.headers), body)
+        path = _path(route.headers)
+        parsed = self.parsers.parse(path, body)
+        if self._tokenize is not None and parsed.prompts:
+            prompts = await self._tokenize(path, body)
+            parsed = parsed if prompts is None else msgspec.structs.replace(parsed, prompts=prompts)
         request = self._request(route.headers, parsed, len(body))
         changed = parsed.names_model and request.target_model != parsed.model
         if changed:
@@ -78,7 +108,7 @@ class EndpointPicker:
         series.size_bytes.observe(request.size_bytes)
         began_s = time.perf_counter()
         try:
-            decision = self.router.choose(request, route.subset, self.clock())
+            decision = await self._admit(request, route.subset)
         except RequestError as error:
             self.telemetry.errors.labels(*series.labels, error.code).inc()
             self.telemetry.attempts.labels("failure", series.labels[1], "", "", "").inc()
@@ -93,6 +123,7 @@ class EndpointPicker:
 
     def _request(self, headers: Mapping[str, str], parsed: Parsed, size_bytes: int) -> Request:
         target = _first(headers, names.MODEL_REWRITE) or parsed.model
+        identities = {name: value for name, one in self._identities.items() if (value := one.of(headers))}
         if parsed.names_model and not target:
             raise BadRequest("model not found in request body")
         return Request(
@@ -104,12 +135,21 @@ class EndpointPicker:
             max_output_tokens=parsed.max_output_tokens,
             streaming=parsed.streaming,
             cache_salt=parsed.cache_salt,
-            fairness_id=_first(headers, names.FAIRNESS_ID) or "default-flow",
+            fairness_id=_first(headers, names.FAIRNESS_ID) or self._flow(identities),
             ttft_slo_ms=self._slo_ms(headers, names.TTFT_SLO_MS),
             tpot_slo_ms=self._slo_ms(headers, names.TPOT_SLO_MS),
             size_bytes=size_bytes,
+            media=parsed.media,
+            skip_reply=parsed.skip_reply,
+            headers={name: headers[name] for name in self._plugin_headers if name in headers},
+            identities=identities,
             only_if_cached=names.PREFER_CACHED in re.split(r"[,;\s]+", headers.get(names.PREFER, "").lower()),
         )
+
+    def _flow(self, identities: Mapping[str, str]) -> str:
+        """The first of the identities that name flows."""
+        named = (value for name, value in identities.items() if self._identities[name].names_flow)
+        return next(named, DEFAULT_FLOW)
 
     def _slo_ms(self, headers: Mapping[str, str], which: tuple[str, ...]) -> float | None:
         """A positive, finite number of milliseconds; anything else is counted and asks for nothing."""
@@ -142,6 +182,14 @@ class EndpointPicker:
         """The lean path does not show it; take the prediction's word."""
         if decision.prediction is not None:
             self.router.expect_first_token(decision.ticket, decision.at_s + decision.prediction.ttft_ms / 1e3)
+
+    def report(self, outcome: Outcome) -> Struct | None:
+        """What the reporters tell the proxy of a reply that has ended."""
+        told = [found for one in self._reporters if (found := one.report(outcome)) is not None]
+        metadata = Struct()
+        for namespace, key, value in told:
+            metadata.fields[namespace].struct_value.fields[key].number_value = value
+        return metadata if told else None
 
     def finish(self, ticket: str, outcome: Outcome) -> None:
         now_s = self.clock()
@@ -207,6 +255,8 @@ def outcome_line(decision: Decision, outcome: Outcome, now_s: float) -> str:
         "output_tokens": outcome.output_tokens,
         "open_s": round(now_s - decision.at_s, 4),
     }
+    if decision.stages:
+        record["stages"] = {stage.profile: stage.picked[0].key for stage in decision.stages}
     return msgspec.json.encode(record).decode()
 
 

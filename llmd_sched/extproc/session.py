@@ -14,10 +14,11 @@ Duplex (both bodies FULL_DUPLEX_STREAMED; also assumed when Envoy does not say)
     request_headers    -> nothing yet (the reply is deferred), or Route when there is no body
     request_body ...   -> collected; at its end Route; when routed, the headers reply, then the body in chunks
     request_trailers   -> ends a body that was not ended; answered after it
-    response_headers   -> a marker header
+    response_headers   -> a marker header, and those the decision adds
     response_body ...  -> echoed at once; the first is FirstToken, the last Ended
     response_trailers  -> answered; Ended
 
+A request whose reply nobody follows (``skip_reply``) has Ended when it is routed, and Envoy goes on without us.
 A stream that stops anywhere else was aborted: ``peer_closed`` tells. ``Ended`` comes exactly once for a routed duplex
 request and never on the lean path.
 """
@@ -25,10 +26,11 @@ request and never on the lean path.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import msgspec
+from google.protobuf.struct_pb2 import Struct
 
 from llmd_sched import headers as names
 from llmd_sched.errors import PayloadTooLarge, RequestError, UnsupportedMode
@@ -71,13 +73,26 @@ Event: TypeAlias = ext_proc_pb2.ProcessingResponse | Route | FirstToken | Ended
 class Session:
     """``receive``, ``routed``, ``refused`` and ``peer_closed`` return what follows from them, in order."""
 
-    def __init__(self, max_body_bytes: int, *, honour_subset: bool = True, emit_scores: bool = False) -> None:
+    def __init__(
+        self,
+        max_body_bytes: int,
+        *,
+        honour_subset: bool = True,
+        emit_scores: bool = False,
+        ours: Sequence[str] = (),
+        report: Callable[[Outcome], Struct | None] = lambda outcome: None,
+    ) -> None:
+        """``ours``: request headers only we may set, taken off when the decision does not set them. ``report``: what
+        to tell the proxy, as dynamic metadata, of a reply that has ended."""
         self.path = Path.DUPLEX
         self.done = False
         """Everything is answered; the driver closes the stream."""
         self._max_body_bytes = max_body_bytes
         self._honour_subset = honour_subset
         self._emit_scores = emit_scores
+        self._ours = ours
+        self._report = report
+        self._reply_headers: Mapping[str, str] = {}
         self._first = True
         self._has_headers = False
         self._headers: dict[str, str] = {}
@@ -158,20 +173,21 @@ class Session:
 
     def routed(self, decision: Decision, body: bytes, now_s: float, *, body_changed: bool = False) -> list[Event]:
         """The replies that send the request on. ``body`` is what goes upstream."""
-        destination = ",".join(e.hostport for e in decision.picked)
-        headers = {names.DESTINATION: destination}
+        headers = {names.DESTINATION: decision.destination, **decision.headers}
         if not self._headers.get(names.REQUEST_ID):
             headers[names.REQUEST_ID] = decision.request.id
         if self.path is Path.DUPLEX or body_changed:
             headers[names.CONTENT_LENGTH] = str(len(body))
         common = messages.routing(messages.set_headers(headers))
-        metadata = messages.decision_metadata(destination, decision, emit_scores=self._emit_scores)
+        common.header_mutation.remove_headers.extend(n for n in self._ours if n not in headers)
+        metadata = messages.decision_metadata(decision.destination, decision, emit_scores=self._emit_scores)
         if self.path is Path.LEAN:
             self.done = True
             if body_changed:
                 common.body_mutation.body = body
             reply = ext_proc_pb2.BodyResponse(response=common)
             return [ProcessingResponse(request_body=reply, dynamic_metadata=metadata)]
+        self._reply_headers = decision.reply_headers
         self._reply = ReplyReader(streaming=decision.request.streaming, sent_s=now_s)
         asked, target = decision.request.model, decision.request.target_model
         self._name_back = NameBack(target, asked) if asked and asked != target else None
@@ -182,6 +198,9 @@ class Session:
         replies += [ProcessingResponse(request_body=piece) for piece in pieces]
         if self._has_trailers:
             replies.append(ProcessingResponse(request_trailers=ext_proc_pb2.TrailersResponse()))
+        if decision.request.skip_reply:
+            self.done, self._reply = True, None
+            replies.append(Ended(Outcome(end=End.FINISHED)))
         return replies
 
     def routed_blindly(self, endpoint: Endpoint, request_id: str) -> list[Event]:
@@ -201,7 +220,8 @@ class Session:
     def _response_headers(self, message: ext_proc_pb2.ProcessingRequest, now_s: float) -> list[Event]:
         received = message.response_headers
         reply = ext_proc_pb2.HeadersResponse()
-        reply.response.header_mutation.CopyFrom(messages.set_headers({names.WENT_INTO_RESPONSE: "true"}))
+        added = {names.WENT_INTO_RESPONSE: "true", **self._reply_headers}
+        reply.response.header_mutation.CopyFrom(messages.set_headers(added))
         events: list[Event] = [ProcessingResponse(response_headers=reply)]
         if self._reply is not None:
             self._reply.headers(messages.header_map(received.headers))
@@ -217,7 +237,7 @@ class Session:
             body = self._name_back.feed(body, end=chunk.end_of_stream)
         pieces = messages.streamed_body(body, end_of_stream=chunk.end_of_stream)
         events += [ProcessingResponse(response_body=piece) for piece in pieces]
-        return events + self._end(now_s) if chunk.end_of_stream else events
+        return self._with_end(events, now_s) if chunk.end_of_stream else events
 
     def _response_trailers(self, message: ext_proc_pb2.ProcessingRequest, now_s: float) -> list[Event]:
         events: list[Event] = []
@@ -226,18 +246,27 @@ class Session:
             pieces = messages.streamed_body(held, end_of_stream=False)
             events += [ProcessingResponse(response_body=piece) for piece in pieces]
         events.append(ProcessingResponse(response_trailers=ext_proc_pb2.TrailersResponse()))
-        return events + self._end(now_s)
+        return self._with_end(events, now_s)
 
-    def _end(self, now_s: float) -> list[Event]:
+    def _with_end(self, events: list[Event], now_s: float) -> list[Event]:
+        """``events`` and the end; the last reply carries what is reported of it."""
+        ended = self._end(now_s)
+        for one in ended:
+            metadata = self._report(one.outcome)
+            if metadata is not None and isinstance(events[-1], ProcessingResponse):
+                events[-1].dynamic_metadata.CopyFrom(metadata)
+        return [*events, *ended]
+
+    def _end(self, now_s: float) -> list[Ended]:
         self.done = True
         return self._outcome(End.FINISHED, now_s)
 
-    def peer_closed(self, now_s: float) -> list[Event]:
-        """The stream is gone. On the duplex path a routed request that had not ended was aborted."""
+    def peer_closed(self, now_s: float, end: End = End.ABORTED) -> list[Ended]:
+        """The stream is gone. On the duplex path a routed request that had not ended was aborted, or ``end``ed."""
         self.done = True
-        return self._outcome(End.ABORTED, now_s)
+        return self._outcome(end, now_s)
 
-    def _outcome(self, end: End, now_s: float) -> list[Event]:
+    def _outcome(self, end: End, now_s: float) -> list[Ended]:
         reply, self._reply = self._reply, None
         return [] if reply is None else [Ended(reply.outcome(end, now_s))]
 

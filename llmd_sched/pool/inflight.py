@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from llmd_sched.plugin import Attribute, Producer, ProducerPlugin, Reads, reads
 from llmd_sched.types import Array, Candidates, Decision, Endpoint, Outcome, Request
 
+PREFILL = "prefill"
+"""The profile that is known by its name to pick who computes the prompt, as in the reference."""
+
 MAX_OPEN = 200_000
 """Open requests followed at once; beyond it the oldest are let go, so a lost end can never pile up."""
 
@@ -118,7 +121,8 @@ class _Counter:
 
 class _Open:
     __slots__ = (
-        "charged_tokens", "counter", "decode_began_s", "input_tokens", "prefilling", "tokens_per_s", "uncached_tokens",
+        "charged_tokens", "counter", "decode_began_s", "input_tokens", "only_prefills", "prefilling", "tokens_per_s",
+        "uncached_tokens",
     )  # fmt: skip
 
     def __init__(self, counter: _Counter, charged_tokens: float, uncached_tokens: float, decision: Decision) -> None:
@@ -129,6 +133,8 @@ class _Open:
         self.tokens_per_s = 1e3 / decision.prediction.tpot_ms if decision.prediction else 0.0
         self.decode_began_s = 0.0
         self.prefilling = True
+        self.only_prefills = False
+        """The endpoint is done with it at the first token."""
 
 
 class InFlightLoad(Producer):
@@ -157,7 +163,8 @@ class InFlightLoad(Producer):
         self._counters: dict[tuple[str, str], _Counter] = {}
         self._members: list[Endpoint] = []
         self._table: NDArray[np.float64] = np.zeros((0, len(_SHOWN)))
-        self._open: dict[str, _Open] = {}
+        self._open: dict[str, list[_Open]] = {}
+        """Ticket -> what it holds, one of each endpoint that works on it."""
 
     def endpoints_changed(self, endpoints: list[Endpoint]) -> None:
         for counter in self._counters.values():
@@ -170,10 +177,7 @@ class InFlightLoad(Producer):
             counter.show()
 
     def produce(self, request: Request, candidates: Candidates, now_s: float) -> dict[str, Array]:
-        if candidates.endpoints is self._members:
-            table = self._table
-        else:
-            table = np.array([self._counters[e.server].shown for e in candidates.endpoints]).reshape(-1, len(_SHOWN))
+        table = self._rows(candidates)
         requests, charged, prefilling, prefill, prompt, rate, since, due_s = table.T.copy()
         # The mean time per token of the requests in decode is the length of a step, half of which is the mean wait.
         half_step_s = 0.5 * (requests - prefilling) / np.maximum(rate, 1e-3)
@@ -187,23 +191,44 @@ class InFlightLoad(Producer):
         columns = {f"{name}/{self.name}": column for name, column in zip(self.COLUMNS, load, strict=True)}
         return columns | {f"uncached_tokens/{self.name}": self._uncached_tokens(request, candidates)}
 
+    def load(self, candidates: Candidates, now_s: float) -> dict[str, Array]:
+        table = self._rows(candidates)
+        return {f"inflight_requests/{self.name}": table[:, 0], f"inflight_tokens/{self.name}": table[:, 1]}
+
+    def _rows(self, candidates: Candidates) -> Array:
+        """(n, len(_SHOWN)); not to be written to."""
+        if candidates.endpoints is self._members:
+            return self._table
+        shown = [self._counters[e.server].shown for e in candidates.endpoints]
+        return np.array(shown).reshape(-1, len(_SHOWN))
+
     def _uncached_tokens(self, request: Request, candidates: Candidates) -> Array:
         """max(0, total - match) * block + what lies beyond the indexed part, never more than the prompt."""
-        match = candidates.columns.get(f"prefix_match_blocks/{self._prefix}")
+        columns = candidates.columns
+        # A precise index weighs its match by tiers for scoring; what is cached is another number.
+        match = columns.get(f"prefix_cached_blocks/{self._prefix}", columns.get(f"prefix_match_blocks/{self._prefix}"))
         if match is None:
             return np.full(len(candidates.endpoints), float(request.input_tokens))
-        total = candidates.columns[f"prefix_total_blocks/{self._prefix}"]
-        block_tokens = candidates.columns[f"prefix_block_tokens/{self._prefix}"]
+        total = columns[f"prefix_total_blocks/{self._prefix}"]
+        block_tokens = columns[f"prefix_block_tokens/{self._prefix}"]
         missing = np.maximum(0.0, total - match) * block_tokens
         beyond = np.maximum(0.0, request.input_tokens - total * block_tokens)
         return np.minimum(missing + beyond, float(request.input_tokens))
 
     def chosen(self, decision: Decision, candidates: Candidates, position: int, now_s: float) -> None:
-        counter = self._counters[candidates.endpoints[position].server]
-        uncached = float(candidates.columns[f"uncached_tokens/{self.name}"][position])
-        one = _Open(counter, uncached + self._output_tokens(decision.request), uncached, decision)
-        counter.charge(one, now_s + decision.prediction.ttft_ms / 1e3 if decision.prediction else -math.inf)
-        self._open[decision.ticket] = one
+        """Every stage's first endpoint is charged; the prompt is computed where it is prefilled."""
+        prefill = next((s.position for s in decision.stages if s.profile == PREFILL), position)
+        uncached = candidates.columns[f"uncached_tokens/{self.name}"]
+        due_s = now_s + decision.prediction.ttft_ms / 1e3 if decision.prediction else -math.inf
+        charges = []
+        for at in dict.fromkeys((position, *(s.position for s in decision.stages))):
+            counter = self._counters[candidates.endpoints[at].server]
+            tokens = float(uncached[at])
+            one = _Open(counter, tokens + self._output_tokens(decision.request), tokens * (at == prefill), decision)
+            one.only_prefills = at == prefill != position
+            counter.charge(one, due_s if at == prefill else -math.inf)
+            charges.append(one)
+        self._open[decision.ticket] = charges
         if len(self._open) > MAX_OPEN:
             self._close(next(iter(self._open)))
 
@@ -215,15 +240,22 @@ class InFlightLoad(Producer):
         return float(min([estimate, *(max(0, cap) for cap in caps if cap is not None)]))
 
     def first_token(self, ticket: str, now_s: float) -> None:
-        one = self._open.get(ticket)
-        if one is None or not one.prefilling:
-            return
+        charges = self._open.get(ticket, ())
+        for one in charges:
+            if one.prefilling:
+                self._prefilled(one, now_s)
+        if any(one.only_prefills for one in charges):
+            self._open[ticket] = [one for one in charges if not one.only_prefills]
+
+    def _prefilled(self, one: _Open, now_s: float) -> None:
         one.prefilling = False
         one.decode_began_s = now_s
         charge_ends = not self.params.add_estimated_output_tokens
         one.counter.prefilled(one, charge_ends)
         if charge_ends:
             one.charged_tokens = 0.0
+        if one.only_prefills:
+            one.counter.release(one, one.charged_tokens)
 
     def finished(self, ticket: str, outcome: Outcome, now_s: float) -> None:
         if ticket in self._open:
@@ -231,5 +263,5 @@ class InFlightLoad(Producer):
 
     def _close(self, ticket: str) -> None:
         self.first_token(ticket, 0.0)
-        one = self._open.pop(ticket)
-        one.counter.release(one, one.charged_tokens)
+        for one in self._open.pop(ticket):
+            one.counter.release(one, one.charged_tokens)

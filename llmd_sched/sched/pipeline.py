@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmd_sched.errors import NoneLeft
-from llmd_sched.plugin import Filter, Picker, Scorer
-from llmd_sched.types import Array, Candidates, Request
+from llmd_sched.plugin import Keeps, Picker, Scoring
+from llmd_sched.types import Array, Candidates, Request, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,19 +22,25 @@ class Picked:
     scored: NDArray[np.intp]
     scores: Array
     explored: bool
+    verdicts: tuple[Verdict, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
+    """``names`` of the filters, for whoever asks why an endpoint was left out."""
+
     name: str
-    filters: tuple[Filter, ...]
-    scorers: tuple[tuple[Scorer, float], ...]
+    filters: tuple[Keeps, ...]
+    scorers: tuple[tuple[Scoring, float], ...]
     picker: Picker
+    names: tuple[str, ...] = ()
 
     def run(self, request: Request, candidates: Candidates, rng: Random) -> Picked:
         """Raises NoneLeft when the filters leave nothing."""
-        for one in self.filters:
+        verdicts = []
+        for i, one in enumerate(self.filters):
             candidates = candidates.keep(one.keep(request, candidates, rng))
+            verdicts.append(Verdict(self.names[i] if self.names else str(i), candidates.index))
             if not len(candidates):
                 raise NoneLeft("no endpoints available for the given request")
         scores = np.zeros(len(candidates))
@@ -42,4 +48,4 @@ class Profile:
             scores += weight * np.minimum(np.maximum(scorer.score(request, candidates), 0.0), 1.0)
         order = self.picker.order(scores, rng)[: self.picker.max_num_of_endpoints]
         explored = bool(scores[order[0]] < scores.max())
-        return Picked(candidates.index[order], candidates.index, scores, explored)
+        return Picked(candidates.index[order], candidates.index, scores, explored, tuple(verdicts))

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import yaml
 
-from llmd_sched.catalog import DISCOVERY, PRODUCERS, TYPES, resolve
+from llmd_sched.catalog import TYPES, resolve
+from llmd_sched.catalog.table import DISCOVERY, IDLE, PRODUCERS
 from llmd_sched.config import convert, load
 from llmd_sched.errors import ConfigError
 from llmd_sched.parsers.registry import PARSERS
@@ -26,8 +27,10 @@ from llmd_sched.plugin import (
     ProducerPlugin,
     Scorer,
 )
+from llmd_sched.sched.deciders import DECIDERS
 from llmd_sched.sched.filters import FILTERS
 from llmd_sched.sched.handlers import HANDLERS
+from llmd_sched.sched.identities import IDENTITIES
 from llmd_sched.sched.pickers import PICKERS
 from llmd_sched.sched.scorers import SCORERS
 from llmd_sched.types import Adapters, Candidates
@@ -35,10 +38,14 @@ from tests.builders import CONFIG_HEAD, asking, candidates, decision, endpoints,
 
 LEAST: dict[str, dict[str, Any]] = {
     "file-discovery": {"path": "endpoints.yaml"},
+    "session-id-producer": {"headerName": "x-session-id"},
     "by-label": {"label": "llm-d.ai/role", "validValues": ["decode"]},
     "utilization-filter": {"conditions": [{"metric": "active-requests", "maxValue": 300.0}]},
 }
 """Parameters of plugins that need some."""
+
+NEEDS_STAGES = {"disagg-profile-handler", "pd-profile-handler", "header-profile-handler"}
+"""Handlers that run several profiles."""
 
 NEEDS_LABELS = {"by-label", "prefill-filter", "encode-filter"}
 """Filters that drop endpoints without labels."""
@@ -154,7 +161,7 @@ def number_fields() -> list[tuple[str, str]]:
 def test_a_parameter_that_is_no_number_is_refused(name: str, field: str) -> None:
     parameters = yaml.safe_dump({field: float("nan")}, default_flow_style=True).strip()
     with pytest.raises(ConfigError):
-        resolve(load(CONFIG_HEAD + f"plugins: [{{type: {name}, parameters: {parameters}}}]"))
+        resolve(load(CONFIG_HEAD + f"plugins: [{{type: {name}, parameters: {parameters}}}]"), allow_experimental=True)
 
 
 @every_type
@@ -162,8 +169,7 @@ def test_needs_name_their_producers(name: str) -> None:
     for need in made(name).reads():
         assert isinstance(need.attribute, Attribute)
         assert need.producer == DEFAULT_PRODUCER[need.attribute]
-        assert need.producer in PRODUCERS
-        assert PRODUCERS[need.producer].provides is need.attribute
+        assert {**PRODUCERS, **IDENTITIES}[need.producer].provides is need.attribute
 
 
 @every_type
@@ -179,7 +185,7 @@ def test_a_need_follows_the_name_that_is_configured(name: str) -> None:
 
 
 def test_the_table_is_the_sum_of_the_families() -> None:
-    families = (PARSERS, PRODUCERS, FILTERS, SCORERS, PICKERS, HANDLERS, DISCOVERY)
+    families = (PARSERS, PRODUCERS, FILTERS, SCORERS, PICKERS, HANDLERS, DECIDERS, IDENTITIES, DISCOVERY, IDLE)
     assert len(TYPES) == sum(map(len, families))
     bases = (Parser, ProducerPlugin, Filter, Scorer, Picker)
     for family, base in zip(families, bases, strict=False):
@@ -189,7 +195,10 @@ def test_the_table_is_the_sum_of_the_families() -> None:
 @every_type
 def test_a_type_resolves_alone(name: str) -> None:
     parameters = yaml.safe_dump(LEAST.get(name, {}), default_flow_style=True).strip()
-    one = resolve(load(CONFIG_HEAD + f"plugins: [{{type: {name}, parameters: {parameters}}}]"))
+    profiles = "\nschedulingProfiles: [{name: decode}, {name: prefill}]" if name in NEEDS_STAGES else ""
+    one = resolve(
+        load(CONFIG_HEAD + f"plugins: [{{type: {name}, parameters: {parameters}}}]" + profiles), allow_experimental=True
+    )
     assert name in one.plugins
 
 
@@ -295,7 +304,8 @@ def test_a_picker_orders_all_candidates_whatever_their_scores(name: str, size: i
 
 
 def test_every_attribute_has_a_default_producer_that_makes_it() -> None:
-    assert {kind.provides for kind in PRODUCERS.values()} == set(Attribute) == set(DEFAULT_PRODUCER)
+    makers = [*PRODUCERS.values(), *IDENTITIES.values()]
+    assert {kind.provides for kind in makers} == set(Attribute) == set(DEFAULT_PRODUCER)
 
 
 @pytest.mark.parametrize("name", PRODUCERS)

@@ -80,7 +80,7 @@ def test_what_check_config_prints_is_a_configuration_that_means_the_same(
             "undefined plugin 'nobody'",
         ),
         (HEAD + "featureGates: [flyingCars]\n", "$.featureGates[0]", "unknown feature gate 'flyingCars'; known: "),
-        (HEAD + "flowControl: {}\n", "$.flowControl", "not supported yet"),
+        (HEAD + "flowControl: {ttl: 5s}\n", "$.flowControl", "unknown field `ttl`"),
         (HEAD.replace("EndpointPickerConfig", "Deployment"), "$.kind", "unknown kind 'Deployment'"),
         (HEAD + "plugins: [}\n", "$", "not valid YAML"),
         ("- a\n- b\n", "$", "expected a mapping"),

@@ -8,8 +8,7 @@ from typing import ClassVar
 import pytest
 import yaml
 
-from llmd_sched import catalog
-from llmd_sched.catalog import Declared, Resolved, build_parsers, build_router, resolve
+from llmd_sched.catalog import TYPES, Declared, Resolved, build_parsers, build_router, resolve
 from llmd_sched.config import DEFAULT_CONFIG, load
 from llmd_sched.errors import ConfigError
 from llmd_sched.parsers.openai import OpenAIParser
@@ -18,25 +17,28 @@ from llmd_sched.plugin import Attribute, ProducerPlugin, Reads
 from llmd_sched.sched.scorers import QueueScorer
 from tests.builders import CONFIG_HEAD, INFLIGHT, LATENCY, PREFIX, as_builtins, endpoints, pool_of
 
+PARSERS = ("openai-parser", "anthropic-parser", "vllmhttp-parser", "passthrough-parser")
+"""Those that read a request when none is named."""
+
 
 def resolved(body: str) -> Resolved:
-    return resolve(load(CONFIG_HEAD + body))
+    return resolve(load(CONFIG_HEAD + body), allow_experimental=True)
 
 
 def refs(one: Resolved) -> list[str]:
-    return [p.plugin_ref for p in one.profile.plugins]
+    return [p.plugin_ref for p in one.profiles[0].plugins]
 
 
 def test_the_built_in_configuration_resolves_to_the_reference_blend() -> None:
     one = resolve(load(DEFAULT_CONFIG))
-    assert [(p.plugin_ref, p.weight) for p in one.profile.plugins] == [
+    assert [(p.plugin_ref, p.weight) for p in one.profiles[0].plugins] == [
         ("queue-scorer", 2.0),
         ("kv-cache-utilization-scorer", 2.0),
         ("prefix-cache-scorer", 3.0),
         ("max-score-picker", None),
     ]
     assert one.producers == (PREFIX,)
-    assert one.parsers == ("openai-parser", "passthrough-parser")
+    assert one.parsers == PARSERS
 
 
 def test_the_live_profile_has_the_configured_weights_and_one_where_none_is_given() -> None:
@@ -45,7 +47,7 @@ def test_the_live_profile_has_the_configured_weights_and_one_where_none_is_given
         "schedulingProfiles: [{name: p, plugins: [{pluginRef: queue-scorer, weight: 0}, "
         "{pluginRef: kv-cache-utilization-scorer, weight: 2.5}, {pluginRef: token-load-scorer}]}]"
     )
-    profile = build_router(one, pool_of(endpoints(1)), Random(0)).profile
+    profile = build_router(one, pool_of(endpoints(1)), Random(0)).scheduling.profiles[one.profiles[0].name]
     assert (profile.name, [weight for _, weight in profile.scorers]) == ("p", [0.0, 2.5, 1.0])
 
 
@@ -54,14 +56,14 @@ def test_without_profiles_one_holds_every_declared_filter_scorer_and_picker() ->
         "plugins: [{type: slo-headroom-tier-filter}, {type: openai-parser}, {type: queue-scorer},"
         " {type: inflight-load-producer}, {type: random-picker}]"
     )
-    assert one.profile.name == "default"
+    assert one.profiles[0].name == "default"
     assert refs(one) == ["slo-headroom-tier-filter", "queue-scorer", "random-picker"]
 
 
 def test_a_configuration_without_anything_still_picks() -> None:
     one = resolved("")
     assert refs(one) == ["max-score-picker"]
-    assert set(one.plugins) == {"max-score-picker", "single-profile-handler", "openai-parser", "passthrough-parser"}
+    assert set(one.plugins) == {"max-score-picker", "single-profile-handler", *PARSERS}
 
 
 @pytest.mark.parametrize(
@@ -195,8 +197,13 @@ def test_two_producers_of_a_kind_stand_side_by_side() -> None:
             "at least 1",
         ),
         ("schedulingProfiles: [{name: ''}]", "$.schedulingProfiles[0].name", "must not be empty"),
-        ("schedulingProfiles: [{name: a}, {name: b}]", "$.schedulingProfiles", "single-profile-handler runs one"),
-        ("schedulingProfiles: [{name: a}, {name: a}]", "$.schedulingProfiles", "profile"),
+        ("schedulingProfiles: [{name: a}, {name: b}]", "$.plugins", "no profile handler for 2 profiles"),
+        ("schedulingProfiles: [{name: a}, {name: a}]", "$.schedulingProfiles[1].name", "'a' is used twice"),
+        (
+            "plugins: [{type: single-profile-handler}]\nschedulingProfiles: [{name: a}, {name: b}]",
+            "$.schedulingProfiles",
+            "single-profile-handler runs one",
+        ),
         (
             "schedulingProfiles: [{name: a, plugins: [{pluginRef: nobody}]}]",
             "$.schedulingProfiles[0].plugins[0].pluginRef",
@@ -274,7 +281,7 @@ class _Loop(ProducerPlugin, frozen=True):
 
 
 def test_producers_that_read_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(catalog.TYPES, "loop", _Loop)
+    monkeypatch.setitem(TYPES, "loop", _Loop)
     with pytest.raises(ConfigError, match=r"producers read each other in a circle: .* -> "):
         resolved(
             "plugins: [{type: loop, name: a, parameters: {other: b}}, {type: loop, name: b, parameters: {other: a}}]"
@@ -287,7 +294,7 @@ def test_a_producer_may_stand_in_a_profile() -> None:
         f"schedulingProfiles: [{{name: a, plugins: [{{pluginRef: {INFLIGHT}}}, {{pluginRef: queue-scorer}}]}}]"
     )
     assert refs(one) == [INFLIGHT, "queue-scorer", "max-score-picker"]
-    profile = build_router(one, pool_of(endpoints(1)), Random(0)).profile
+    profile = build_router(one, pool_of(endpoints(1)), Random(0)).scheduling.profiles[one.profiles[0].name]
     assert [type(scorer) for scorer, _ in profile.scorers] == [QueueScorer]
 
 

@@ -14,7 +14,10 @@ from llmd_sched.config import API_VERSIONS, DEFAULT_CONFIG, MAX_CONFIG_BYTES, du
 from llmd_sched.errors import ConfigError
 from tests.builders import CONFIG_HEAD, fuzzed
 
-SCHEMA = "apiVersion, kind, featureGates, plugins, schedulingProfiles, dataLayer, requestHandler, parser"
+SCHEMA = (
+    "apiVersion, kind, featureGates, plugins, schedulingProfiles, dataLayer, flowControl, requestHandler, parser, "
+    "saturationDetector"
+)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +44,11 @@ SCHEMA = "apiVersion, kind, featureGates, plugins, schedulingProfiles, dataLayer
             "$.schedulingProfiles[0].plugins[0].weight",
             "Expected `float | null`",
         ),
-        ("dataLayer: {sources: []}", "$.dataLayer", "unknown field `sources`; accepted: injectDefaults, discovery"),
+        (
+            "dataLayer: {sauces: []}",
+            "$.dataLayer",
+            "unknown field `sauces`; accepted: injectDefaults, sources, discovery",
+        ),
         ("dataLayer: {discovery: {ref: x}}", "$.dataLayer.discovery", "unknown field `ref`; accepted: pluginRef"),
         ("requestHandler: {parser: x}", "$.requestHandler", "unknown field `parser`; accepted: parsers"),
         ("requestHandler: {parsers: [{}]}", "$.requestHandler.parsers[0]", "missing required field `pluginRef`"),
@@ -52,10 +59,8 @@ SCHEMA = "apiVersion, kind, featureGates, plugins, schedulingProfiles, dataLayer
             "unknown feature gate 'warp'; known:",
         ),
         ("featureGates: [haPopulateNonLeaderDatastore=maybe]", "$.featureGates[0]", "must be true or false"),
-        ("featureGates: [flowControl]", "$.featureGates[0]", "not supported yet"),
-        ("featureGates: [flowControl=true]", "$.featureGates[0]", "not supported yet"),
-        ("flowControl: {}", "$.flowControl", "not supported yet"),
-        ("saturationDetector: {pluginRef: x}", "$.saturationDetector", "not supported yet"),
+        ("flowControl: {maxBites: 1}", "$.flowControl", "unknown field `maxBites`; accepted: maxBytes, maxRequests"),
+        ("saturationDetector: {ref: x}", "$.saturationDetector", "unknown field `ref`; accepted: pluginRef"),
     ],
 )
 def test_an_error_names_its_path_and_what_is_accepted(body: str, path: str, message: str) -> None:

@@ -390,6 +390,6 @@ def test_filters_that_leave_nobody_end_the_request() -> None:
 )
 def test_a_wrong_parameter_of_a_filter_is_refused_with_what_is_accepted(plugin: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        resolve(load(CONFIG_HEAD + f"plugins: [{plugin}]"))
+        resolve(load(CONFIG_HEAD + f"plugins: [{plugin}]"), allow_experimental=True)
     assert message in str(error.value)
     assert error.value.path.startswith("$.plugins[0].parameters")

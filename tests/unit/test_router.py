@@ -14,6 +14,7 @@ from llmd_sched.plugin import Filter, Picker, Producer
 from llmd_sched.pool.inflight import InFlightLoadProducer
 from llmd_sched.pool.pool import Load, Pool
 from llmd_sched.router import IDLE_LOST_AFTER_S, LOST_AFTER_S, Router
+from llmd_sched.sched.handlers import Scheduling, SingleProfileHandler
 from llmd_sched.sched.pickers import MaxScorePicker, WeightedRandomPicker
 from llmd_sched.sched.pipeline import Profile
 from llmd_sched.sched.scorers import ActiveRequestScorer, KvCacheUtilizationScorer
@@ -69,7 +70,9 @@ def made(
 ) -> Router:
     scorers = ((ActiveRequestScorer(), 1.0), (KvCacheUtilizationScorer(), 1.0))
     profile = Profile("p", filters, scorers, picker or MaxScorePicker())
-    return Router(pool_of(endpoints(3)) if pool is None else pool, producers, profile, Random(seed), ticket_prefix="t")
+    scheduling = Scheduling({"p": profile}, SingleProfileHandler())
+    pool = pool_of(endpoints(3)) if pool is None else pool
+    return Router(pool, producers, scheduling, Random(seed), ticket_prefix="t")
 
 
 def in_flight(router: Router, now_s: float = 0.0) -> list[float]:

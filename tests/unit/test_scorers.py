@@ -421,6 +421,6 @@ def test_context_length_reads_the_label_it_is_told_to() -> None:
 )
 def test_a_wrong_parameter_of_a_scorer_is_refused_with_what_is_accepted(plugin: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        resolve(load(CONFIG_HEAD + f"plugins: [{plugin}]"))
+        resolve(load(CONFIG_HEAD + f"plugins: [{plugin}]"), allow_experimental=True)
     assert message in str(error.value)
     assert error.value.path.startswith("$.plugins[0].parameters")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from random import Random
@@ -70,7 +71,7 @@ class Picker:
     ) -> Any:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         fields = {":path": "/v1/completions", "x-request-id": "r-1"} if headers is None else headers
-        return self.service.route(Route(fields, raw, subset), raw)
+        return asyncio.run(self.service.route(Route(fields, raw, subset), raw))
 
     def request(self, body: Any = BODY, **headers: str) -> Request:
         """The request as it is understood; ``x_slo_ttft_ms="5"`` becomes a header."""
@@ -421,5 +422,5 @@ def test_a_model_that_cannot_be_rewritten_is_refused_before_anything_is_charged(
     raw = json.dumps(BODY).encode()
     headers = {":path": "/v1/completions", "x-llm-d-model-name-rewrite": "another"}
     with pytest.raises(UnsupportedMode, match="request_header_mode SEND"):
-        picker.service.route(Route(headers, raw, None, may_rewrite=False), raw)
+        asyncio.run(picker.service.route(Route(headers, raw, None, may_rewrite=False), raw))
     assert not picker.router.open

@@ -1,57 +1,26 @@
-"""Every plugin type there is, what a configuration means, and the router it describes.
-
-``TYPES`` is the literal table: a new plugin is its class, a row in its family's table, and a test.
-``resolve`` applies the reference's defaulting rules and checks; ``build_router`` makes the live objects.
-"""
+"""What a configuration means: the reference's defaulting rules and checks. Every error says where in the file."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from graphlib import CycleError, TopologicalSorter
-from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
+from llmd_sched.catalog import table
 from llmd_sched.config import EndpointPickerConfig, PluginRef, PluginSpec, ProfilePlugin, SchedulingProfile, convert
 from llmd_sched.errors import ConfigError
-from llmd_sched.parsers.registry import PARSERS, ParserRegistry
-from llmd_sched.plugin import (
-    DEFAULT_PRODUCER,
-    Filter,
-    Handler,
-    Parser,
-    Picker,
-    Plugin,
-    Producer,
-    ProducerPlugin,
-    Scorer,
-)
+from llmd_sched.parsers.registry import PARSERS
+from llmd_sched.plugin import DEFAULT_PRODUCER, Filter, Parser, Picker, Plugin, Scorer, Stateful
 from llmd_sched.pool.discovery import FileDiscovery
-from llmd_sched.pool.inflight import InFlightLoadProducer
-from llmd_sched.pool.pool import Pool
-from llmd_sched.predict.producer import PredictedLatencyProducer
-from llmd_sched.prefix.approx import ApproxPrefixCacheProducer
-from llmd_sched.router import Router
-from llmd_sched.sched.filters import FILTERS
-from llmd_sched.sched.handlers import HANDLERS
-from llmd_sched.sched.pickers import PICKERS
-from llmd_sched.sched.pipeline import Profile
-from llmd_sched.sched.scorers import SCORERS
+from llmd_sched.sched.deciders import Decider
+from llmd_sched.sched.handlers import HANDLERS, Handler
 
-PRODUCERS: dict[str, type[ProducerPlugin]] = {
-    "approx-prefix-cache-producer": ApproxPrefixCacheProducer,
-    "inflight-load-producer": InFlightLoadProducer,
-    "predicted-latency-producer": PredictedLatencyProducer,
-}
-DISCOVERY: dict[str, type[Plugin]] = {"file-discovery": FileDiscovery}
+P = TypeVar("P")
 
-TYPES: dict[str, type[Plugin]] = {
-    **PARSERS, **PRODUCERS, **FILTERS, **SCORERS, **PICKERS, **HANDLERS, **DISCOVERY,
-}  # fmt: skip
-
-DEFAULT_PARSERS = ("openai-parser", "passthrough-parser")
+DEFAULT_PARSERS = ("openai-parser", "anthropic-parser", "vllmhttp-parser", "passthrough-parser")
 DEFAULT_PICKER = "max-score-picker"
 DEFAULT_HANDLER = "single-profile-handler"
 
@@ -63,31 +32,39 @@ class Declared(msgspec.Struct, frozen=True):
     plugin: Plugin
 
 
-class Resolved(msgspec.Struct, frozen=True):
+class Resolved(msgspec.Struct, frozen=True, kw_only=True):
     """A configuration with every default filled in and every reference checked."""
 
     api_version: str
+    feature_gates: tuple[str, ...]
     plugins: dict[str, Declared]
     """By name, in order of declaration; those added by default last."""
-    profile: SchedulingProfile
+    profiles: tuple[SchedulingProfile, ...]
+    handler: str
     parsers: tuple[str, ...]
     discovery: str | None
     producers: tuple[str, ...]
-    """In the order they run: whoever reads another's data comes after it."""
+    """Plugins with state, in the order they run: whoever reads another's data comes after it."""
+    warnings: tuple[str, ...] = ()
 
     def of(self, names: tuple[str, ...] | list[str]) -> list[Plugin]:
         return [self.plugins[name].plugin for name in names]
+
+    def kind(self, base: type[P]) -> dict[str, P]:
+        """The plugins of a kind, by name."""
+        return {name: d.plugin for name, d in self.plugins.items() if isinstance(d.plugin, base)}
 
     def as_document(self) -> dict[str, Any]:
         """What ``check-config`` prints: an equivalent configuration with nothing left to default."""
         document: dict[str, Any] = {
             "apiVersion": self.api_version,
             "kind": "EndpointPickerConfig",
+            "featureGates": list(self.feature_gates),
             "plugins": [
                 {"type": d.type, "name": name, "parameters": msgspec.to_builtins(d.plugin)}
                 for name, d in self.plugins.items()
             ],
-            "schedulingProfiles": [msgspec.to_builtins(self.profile)],
+            "schedulingProfiles": [msgspec.to_builtins(profile) for profile in self.profiles],
             "requestHandler": {"parsers": [{"pluginRef": name} for name in self.parsers]},
         }
         if self.discovery:
@@ -95,17 +72,28 @@ class Resolved(msgspec.Struct, frozen=True):
         return document
 
 
-def resolve(config: EndpointPickerConfig) -> Resolved:
+def resolve(config: EndpointPickerConfig, *, allow_experimental: bool = False) -> Resolved:
     """Raises ConfigError with the path of what is wrong."""
-    plugins = _declared(config)
-    profile = _profile(config, plugins)
+    warnings: list[str] = []
+    plugins = _declared(config, allow_experimental, warnings)
+    profiles, handler = _profiles(config, plugins)
     parsers = _parsers(config, plugins)
     discovery = _discovery(config, plugins)
-    _add_missing_producers(plugins)
-    return Resolved(config.api_version, plugins, profile, parsers, discovery, _producer_order(plugins))
+    _add_missing_producers(plugins, allow_experimental)
+    return Resolved(
+        api_version=config.api_version,
+        feature_gates=config.feature_gates,
+        plugins=plugins,
+        profiles=profiles,
+        handler=handler,
+        parsers=parsers,
+        discovery=discovery,
+        producers=_producer_order(plugins),
+        warnings=tuple(warnings),
+    )
 
 
-def _declared(config: EndpointPickerConfig) -> dict[str, Declared]:
+def _declared(config: EndpointPickerConfig, allow_experimental: bool, warnings: list[str]) -> dict[str, Declared]:
     plugins: dict[str, Declared] = {}
     for i, spec in enumerate(config.plugins):
         path = f"$.plugins[{i}]"
@@ -113,13 +101,20 @@ def _declared(config: EndpointPickerConfig) -> dict[str, Declared]:
             where = f"{path}.name" if spec.name else f"{path}.type"
             raise ConfigError(f"plugin name {spec.ref!r} is used twice", where)
         plugins[spec.ref] = _declare(spec, path)
+        if spec.type in table.ALPHA and not allow_experimental:
+            raise ConfigError(
+                f"{spec.type} is experimental (Alpha); start with --allow-experimental-plugins", f"{path}.type"
+            )
+        if spec.type in table.DEPRECATED:
+            instead = table.DEPRECATED[spec.type]
+            warnings.append(f"{path}.type: {spec.type} is deprecated{f'; use {instead}' if instead else ''}")
     return plugins
 
 
 def _declare(spec: PluginSpec, path: str) -> Declared:
-    kind = TYPES.get(spec.type)
+    kind = table.TYPES.get(spec.type)
     if kind is None:
-        known = ", ".join(sorted(TYPES))
+        known = ", ".join(sorted(table.TYPES))
         raise ConfigError(f"unknown plugin type {spec.type!r}; known: {known}", f"{path}.type")
     plugin = convert(spec.parameters or {}, kind, f"{path}.parameters")
     for field in msgspec.structs.fields(kind):
@@ -139,34 +134,68 @@ def _add(plugins: dict[str, Declared], name: str) -> None:
         plugins[name] = _declare(PluginSpec(type=name), f"$.plugins (default {name})")
 
 
-def _profile(config: EndpointPickerConfig, plugins: dict[str, Declared]) -> SchedulingProfile:
-    profiles = config.scheduling_profiles
-    if len(profiles) > 1:
-        raise ConfigError(f"{len(profiles)} profiles, but single-profile-handler runs one", "$.schedulingProfiles")
-    if profiles:
-        profile, path = profiles[0], "$.schedulingProfiles[0]"
+def _profiles(config: EndpointPickerConfig, plugins: dict[str, Declared]) -> tuple[tuple[SchedulingProfile, ...], str]:
+    """The profiles, each with a picker, and the handler's name."""
+    given = config.scheduling_profiles or (_everything(plugins),)
+    seen: set[str] = set()
+    for i, profile in enumerate(config.scheduling_profiles):
+        path = f"$.schedulingProfiles[{i}]"
         if not profile.name:
             raise ConfigError("name must not be empty", f"{path}.name")
-        for i, one in enumerate(profile.plugins):
-            _check_ref(one.plugin_ref, Plugin, plugins, f"{path}.plugins[{i}].pluginRef")
-            if one.weight is not None and not math.isfinite(one.weight):
-                raise ConfigError(f"{one.weight} is not a finite number", f"{path}.plugins[{i}].weight")
-            if one.weight is not None and not isinstance(plugins[one.plugin_ref].plugin, Scorer):
-                raise ConfigError("only a scorer takes a weight", f"{path}.plugins[{i}].weight")
-    else:
-        usable = (Filter, Scorer, Picker)
-        refs = [n for n, d in plugins.items() if isinstance(d.plugin, usable)]
-        path = "$.schedulingProfiles"
-        profile = SchedulingProfile(name="default", plugins=tuple(ProfilePlugin(plugin_ref=n) for n in refs))
-    return _with_handler_and_picker(profile, plugins, path)
+        if profile.name in seen:
+            raise ConfigError(f"profile name {profile.name!r} is used twice", f"{path}.name")
+        seen.add(profile.name)
+        _check_profile(profile, plugins, path)
+    handler = _handler(plugins, [p.name for p in given])
+    return tuple(_with_picker(p, plugins, f"$.schedulingProfiles[{i}]") for i, p in enumerate(given)), handler
 
 
-def _with_handler_and_picker(profile: SchedulingProfile, plugins: dict[str, Declared], path: str) -> SchedulingProfile:
+def _everything(plugins: Mapping[str, Declared]) -> SchedulingProfile:
+    usable = (Filter, Scorer, Picker)
+    refs = [n for n, d in plugins.items() if isinstance(d.plugin, usable)]
+    return SchedulingProfile(name="default", plugins=tuple(ProfilePlugin(plugin_ref=n) for n in refs))
+
+
+def _check_profile(profile: SchedulingProfile, plugins: Mapping[str, Declared], path: str) -> None:
+    for i, one in enumerate(profile.plugins):
+        _check_ref(one.plugin_ref, Plugin, plugins, f"{path}.plugins[{i}].pluginRef")
+        if one.weight is not None and not math.isfinite(one.weight):
+            raise ConfigError(f"{one.weight} is not a finite number", f"{path}.plugins[{i}].weight")
+        if one.weight is not None and not isinstance(plugins[one.plugin_ref].plugin, Scorer):
+            raise ConfigError("only a scorer takes a weight", f"{path}.plugins[{i}].weight")
+
+
+def _handler(plugins: dict[str, Declared], profiles: list[str]) -> str:
     handlers = [n for n, d in plugins.items() if isinstance(d.plugin, Handler)]
     if len(handlers) > 1:
         raise ConfigError(f"multiple profile handlers found: {', '.join(handlers)}", "$.plugins")
+    if not handlers and len(profiles) > 1:
+        raise ConfigError(
+            f"no profile handler for {len(profiles)} profiles; declare one: {', '.join(HANDLERS)}", "$.plugins"
+        )
     if not handlers:
         _add(plugins, DEFAULT_HANDLER)
+    name = handlers[0] if handlers else DEFAULT_HANDLER
+    _check_handler(name, plugins, profiles)
+    return name
+
+
+def _check_handler(name: str, plugins: Mapping[str, Declared], profiles: list[str]) -> None:
+    handler = plugins[name].plugin
+    assert isinstance(handler, Handler)
+    path = f"$.plugins[{list(plugins).index(name)}].parameters"
+    try:
+        handler.check_profiles(profiles)
+    except ValueError as e:
+        raise ConfigError(str(e), "$.schedulingProfiles") from None
+    for field, profile in handler.needs().items():
+        if profile not in profiles:
+            raise ConfigError(f"undefined profile {profile!r}; declared: {', '.join(profiles)}", f"{path}.{field}")
+    for field, decider in handler.asks().items():
+        _check_ref(decider, Decider, plugins, f"{path}.{field}")
+
+
+def _with_picker(profile: SchedulingProfile, plugins: dict[str, Declared], path: str) -> SchedulingProfile:
     pickers = [p.plugin_ref for p in profile.plugins if isinstance(plugins[p.plugin_ref].plugin, Picker)]
     if len(pickers) > 1:
         raise ConfigError(f"more than one picker: {', '.join(pickers)}", f"{path}.plugins")
@@ -207,7 +236,7 @@ def _discovery(config: EndpointPickerConfig, plugins: dict[str, Declared]) -> st
     return ref.plugin_ref
 
 
-def _add_missing_producers(plugins: dict[str, Declared]) -> None:
+def _add_missing_producers(plugins: dict[str, Declared], allow_experimental: bool) -> None:
     """Whatever a plugin must read and nobody makes gets its default producer, transitively."""
     pending = list(plugins)
     while pending:
@@ -218,7 +247,7 @@ def _add_missing_producers(plugins: dict[str, Declared]) -> None:
                 if made is not need.attribute:
                     raise ConfigError(f"{name} reads {need.attribute} from {need.producer!r}, which does not make it")
             elif need.producer == DEFAULT_PRODUCER[need.attribute]:
-                if need.required:
+                if need.required and (allow_experimental or need.producer not in table.ALPHA):
                     _add(plugins, need.producer)
                     pending.append(need.producer)
             else:
@@ -227,33 +256,9 @@ def _add_missing_producers(plugins: dict[str, Declared]) -> None:
 
 def _producer_order(plugins: Mapping[str, Declared]) -> tuple[str, ...]:
     """Readers after makers, optional reads too; otherwise as declared."""
-    names = [n for n, d in plugins.items() if isinstance(d.plugin, ProducerPlugin)]
-    graph = {n: [r.producer for r in plugins[n].plugin.reads() if r.producer in plugins] for n in names}
+    names = [n for n, d in plugins.items() if isinstance(d.plugin, Stateful)]
+    graph = {n: [r.producer for r in plugins[n].plugin.reads() if r.producer in names] for n in names}
     try:
         return tuple(TopologicalSorter(graph).static_order())
     except CycleError as e:
         raise ConfigError(f"producers read each other in a circle: {' -> '.join(e.args[1])}", "$.plugins") from None
-
-
-def build_router(resolved: Resolved, pool: Pool, rng: Random, *, ticket_prefix: str = "") -> Router:
-    """The live router of a resolved configuration."""
-    producers: list[Producer] = []
-    for name in resolved.producers:
-        plugin = resolved.plugins[name].plugin
-        assert isinstance(plugin, ProducerPlugin)
-        producers.append(plugin.open(name))
-    return Router(pool, producers, _build_profile(resolved), rng, ticket_prefix=ticket_prefix)
-
-
-def _build_profile(resolved: Resolved) -> Profile:
-    used = [(resolved.plugins[p.plugin_ref].plugin, p.weight) for p in resolved.profile.plugins]
-    return Profile(
-        name=resolved.profile.name,
-        filters=tuple(p for p, _ in used if isinstance(p, Filter)),
-        scorers=tuple((p, 1.0 if w is None else w) for p, w in used if isinstance(p, Scorer)),
-        picker=next(p for p, _ in used if isinstance(p, Picker)),
-    )
-
-
-def build_parsers(resolved: Resolved) -> ParserRegistry:
-    return ParserRegistry([p for p in resolved.of(resolved.parsers) if isinstance(p, Parser)])
