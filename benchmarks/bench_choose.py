@@ -1,4 +1,4 @@
-"""What one decision costs, with the trainer idle and with it at work.
+"""What one decision costs: with a trainer beside it, idle or at work, and for very long prompts.
 
     python -m benchmarks.bench_choose [--endpoints 100] [--rounds 12] [--json OUT]
 
@@ -7,6 +7,10 @@ between the calls. Prompts of 4,000 tokens, some of which share their head; ever
 first tokens and ends come as they would. In blocks of a second, in turn: the trainer gets no samples and is idle; it
 gets every sample and fits as often as it may. Only ``choose`` is timed. A figure is the median over the blocks of one
 condition, a ratio that over neighbouring blocks, so that a burst of noise from elsewhere on the machine counts once.
+
+Then the default configuration with prompts of 100,000 tokens, half of which share a head with others, on full caches:
+each decision is timed from ``choose`` to ``finish``, hashing included, or (``hashed``) after the prompt was looked up
+once, as for a request that waited. Hashing alone is timed between the decisions.
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ from llmd_sched import catalog, config
 from llmd_sched.pool.pool import Load, Pool
 from llmd_sched.predict.producer import CLASS_LABELS, PredictedLatency
 from llmd_sched.predict.trainer import Settings, TrainerProcess
+from llmd_sched.prefix.approx import MIN_BLOCK_TOKENS, ApproxPrefixCache
+from llmd_sched.prefix.hashing import block_hashes
 from llmd_sched.router import Router
 from llmd_sched.stack import cpu_s
 from llmd_sched.types import Decision, End, Endpoint, Outcome, Request, Sample
@@ -46,6 +52,9 @@ SHARED_HEADS = 16
 SHARED_SHARE = 0.3
 CLASSES = ("A100", "H100", "H200", "L40S")
 CACHE_BLOCKS, BLOCK_TOKENS = 8_000.0, 16.0
+LONG_PROMPT_BYTES = 400_000
+LONG_CACHE_BLOCKS = 32_000.0  # of 16 tokens: five such prompts
+LONG_WARM_UP_CALLS, LONG_CALLS = 1_500, 1_000
 
 
 class Traffic:
@@ -189,6 +198,63 @@ class Bench:
         return self.trainer.pid
 
 
+class LongPrompts:
+    """Decisions of the default configuration on prompts of 100,000 tokens."""
+
+    def __init__(self, endpoints: int) -> None:
+        self.pool = Pool()
+        self.router = catalog.build_router(catalog.resolve(config.load(config.DEFAULT_CONFIG)), self.pool, Random(SEED))
+        self.pool.apply(Endpoint(f"e{i}", f"10.0.{i // 250}.{i % 250 + 1}", 8000) for i in range(endpoints))
+        self.prefix = next(p for p in self.router.producers if isinstance(p, ApproxPrefixCache))
+        self._random = Random(SEED)
+        self._heads = [self._random.randbytes(LONG_PROMPT_BYTES // 2) for _ in range(SHARED_HEADS)]
+        self._text = self._random.randbytes(LONG_PROMPT_BYTES)
+        self._count = 0
+
+    def figures(self) -> dict[str, float]:
+        for _ in range(LONG_WARM_UP_CALLS):
+            self._decide(self._request())
+        spent_ms: dict[str, list[float]] = {"choose_finish_100k": [], "choose_finish_100k_hashed": [], "hash_100k": []}
+        cpu_ms = []
+        for _ in range(LONG_CALLS):
+            spent_ms["choose_finish_100k"].append(self._decide(self._request()))
+            request = self._request()
+            self.prefix.produce(request, self.pool.candidates(None, float(self._count)), float(self._count))
+            begin_cpu_s = time.process_time()
+            spent_ms["choose_finish_100k_hashed"].append(self._decide(request))
+            cpu_ms.append(1e3 * (time.process_time() - begin_cpu_s))
+            spent_ms["hash_100k"].append(self._hash(request))
+        found = {f"{n}_ms_p{q}": float(np.percentile(ms, q)) for n, ms in spent_ms.items() for q in (50, 99)}
+        return found | {"choose_finish_100k_hashed_cpu_ms": statistics.mean(cpu_ms)}
+
+    def _decide(self, request: Request) -> float:
+        """Milliseconds of one decision and its end."""
+        now_s = float(self._count)
+        begin_s = time.perf_counter()
+        decision = self.router.choose(request, None, now_s)
+        self.router.finish(decision.ticket, Outcome(end=End.FINISHED, status=200), now_s)
+        return 1e3 * (time.perf_counter() - begin_s)
+
+    def _hash(self, request: Request) -> float:
+        begin_s = time.perf_counter()
+        block_hashes(request.prompts[0], request.target_model, MIN_BLOCK_TOKENS, LONG_PROMPT_BYTES)
+        return 1e3 * (time.perf_counter() - begin_s)
+
+    def _request(self) -> Request:
+        """The next one; the pool has been read since the last."""
+        self._count += 1
+        self._scrape(float(self._count))
+        shares = self._random.random() < 0.5
+        prompt = (self._random.choice(self._heads) if shares else b"") + b"%016x" % self._count
+        prompt += self._text[len(prompt) :]
+        return Request(id="bench", model="m", target_model="m", prompts=(prompt,), input_tokens=len(prompt) // 4)
+
+    def _scrape(self, now_s: float) -> None:
+        for endpoint in self.pool.endpoints:
+            waiting, usage = float(self._random.randint(0, 5)), self._random.random()
+            self.pool.record(endpoint, Load(waiting, 8.0, usage, BLOCK_TOKENS, LONG_CACHE_BLOCKS), now_s)
+
+
 async def until(condition: Callable[[], bool], timeout_s: float) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():
@@ -233,7 +299,7 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=12, help="blocks of a second in each condition")
     p.add_argument("--json", metavar="OUT")
     args = p.parse_args()
-    found = uvloop.run(run(args.endpoints, args.rounds))
+    found = LongPrompts(args.endpoints).figures() | uvloop.run(run(args.endpoints, args.rounds))
     table(found)
     if args.json:
         write_json(args.json, {"endpoints": args.endpoints, "rounds": args.rounds}, SEED, found)

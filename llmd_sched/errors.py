@@ -82,6 +82,9 @@ class Evicted(RequestError):
 
     status, code, reason = 429, "ResourceExhausted", "evicted"
 
+    def __init__(self) -> None:
+        super().__init__("request evicted by flow control")
+
     @property
     def body(self) -> str:
         return str(self)

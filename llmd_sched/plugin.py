@@ -29,6 +29,7 @@ class Attribute(enum.StrEnum):
     INFLIGHT_LOAD = "InFlightLoad"
     LATENCY = "LatencyPredictionInfo"
     SESSION_ID = "SessionID"
+    ENCODER_CACHE = "EncoderCacheMatchInfo"
 
 
 DEFAULT_PRODUCER = {
@@ -36,8 +37,13 @@ DEFAULT_PRODUCER = {
     Attribute.INFLIGHT_LOAD: "inflight-load-producer",
     Attribute.LATENCY: "predicted-latency-producer",
     Attribute.SESSION_ID: "session-id-producer",
+    Attribute.ENCODER_CACHE: "mm-embeddings-cache-producer",
 }
 """The plugin that is added by itself when something needs the attribute and nothing makes it."""
+
+
+PREFILL = "prefill"
+"""The profile that is known by its name to pick who computes the prompt, as in the reference."""
 
 
 class Reads(msgspec.Struct, frozen=True):
@@ -152,6 +158,8 @@ class Parsed(msgspec.Struct, frozen=True, kw_only=True):
     """False when the format has no model field; then its absence is no error."""
     media: int = 0
     """Images, videos and sounds in the prompt."""
+    media_hashes: tuple[int, ...] = ()
+    """What tells them apart, of as many as are looked at."""
     skip_reply: bool = False
     """Nothing is generated, so nobody follows the reply."""
 
@@ -173,8 +181,9 @@ class Producer:
         """Columns of what is in flight on each endpoint, of no request in particular."""
         return {}
 
-    def predicted(self, candidates: Candidates, position: int) -> Prediction | None:
-        """What was predicted for the endpoint at ``position`` of the full column."""
+    def predicted(self, candidates: Candidates, position: int, prefill: int | None = None) -> Prediction | None:
+        """What was predicted for the endpoint at ``position`` of the full column; ``prefill`` is that of the endpoint
+        which computes the prompt, where it is another."""
         return None
 
     def reply_headers(self, request: Request, candidates: Candidates, stages: Mapping[str, int]) -> Mapping[str, str]:
@@ -185,10 +194,17 @@ class Producer:
 
     def first_token(self, ticket: str, now_s: float) -> None: ...
 
+    def learn_reply(self, ticket: str, said: bytes) -> None:
+        """Before ``finished``, of a good reply whose text was seen: what the next turn's prompt adds to this one's."""
+
     def finished(self, ticket: str, outcome: Outcome, now_s: float) -> None: ...
 
     def endpoints_changed(self, endpoints: list[Endpoint]) -> None:
         """The pool's members after an addition or removal."""
+
+    def state(self) -> Mapping[str, object]:
+        """What it holds, for whoever looks into the running process: numbers, and the first of many entries."""
+        return {}
 
 
 class Stateful(Plugin, frozen=True):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from random import Random
 
 from llmd_sched.errors import NoCandidates, NoEndpoints, NotAdmitted, NotCached
-from llmd_sched.plugin import DEFAULT_PRODUCER, Admitter, Attribute, Producer
+from llmd_sched.plugin import PREFILL, Admitter, Producer
 from llmd_sched.pool.pool import Pool
 from llmd_sched.sched.handlers import Choice, Scheduling
 from llmd_sched.types import Array, Candidates, Decision, End, Endpoint, Outcome, Request, Scores, Stage, Trace
@@ -27,7 +27,10 @@ LOST_AFTER_S = 3600.0
 IDLE_LOST_AFTER_S = 10.0
 """... and after this long when its engine, freshly read, has nothing running and nothing waiting."""
 
-TRACED = ("ttft_ms", "tpot_ms", "ttft_headroom_ms", "tpot_headroom_ms", "prefix_match_blocks", "uncached_tokens")
+TRACED = (
+    *("ttft_ms", "tpot_ms", "ttft_headroom_ms", "tpot_headroom_ms"),
+    *("prefix_match_blocks", "prefix_total_blocks", "prefix_block_tokens", "uncached_tokens"),
+)
 """Columns a decision's trace keeps."""
 
 
@@ -73,8 +76,8 @@ class Router:
         self.lost = 0
         self.on_chosen: Callable[[Endpoint], None] = lambda endpoint: None
         """Told of each endpoint of a decision, at once."""
-        self.on_finished: Callable[[], None] = lambda: None
-        """Told that a request has ended: there is room for another."""
+        self.on_finished: Callable[[Decision, Outcome], None] = lambda decision, outcome: None
+        """Told that a request has ended and its charge was given back: there is room for another."""
         self._rng = rng
         self._tickets = 0
         self._ticket_prefix = ticket_prefix
@@ -163,14 +166,13 @@ class Router:
         self._tickets += 1
         picked, endpoints, columns = choice.picked, candidates.endpoints, candidates.columns
         best = int(picked.order[0])
-        predictions = (p.predicted(candidates, best) for p in producers)
-        chosen = tuple(endpoints[i] for i in picked.order)
         stages = [Stage(n, tuple(endpoints[i] for i in p.order), int(p.order[0])) for n, p in choice.beside.items()]
         positions = {choice.profile: best} | {s.profile: s.position for s in stages}
+        predictions = (p.predicted(candidates, best, positions.get(PREFILL)) for p in producers)
         return Decision(
             ticket=f"{self._ticket_prefix}{self._tickets:x}",
             request=request,
-            picked=chosen,
+            picked=tuple(endpoints[i] for i in picked.order),
             stages=tuple(stages),
             elsewhere=choice.destination,
             headers=choice.headers,
@@ -178,7 +180,7 @@ class Router:
             scores=Scores(endpoints, picked.scored, picked.scores),
             prediction=next((p for p in predictions if p is not None), None),
             explored=picked.explored,
-            trace=Trace(endpoints, {n: columns[n] for n in self._traced if n in columns}, picked.verdicts),
+            trace=Trace(endpoints, {n: columns[n] for n in self._traced if n in columns}, picked.verdicts, best),
             at_s=now_s,
         )
 
@@ -214,7 +216,7 @@ class Router:
         for producer in self.producers:
             with self._contained(producer):
                 producer.finished(ticket, outcome, now_s)
-        self.on_finished()
+        self.on_finished(decision, outcome)
         return decision
 
     def reap(self, now_s: float) -> int:
@@ -239,6 +241,6 @@ class Router:
 
 
 def _holds_prefix(candidates: Candidates, position: int) -> bool:
-    """By the default producer's index, as the reference looks no further either."""
-    match = candidates.columns.get(f"prefix_match_blocks/{DEFAULT_PRODUCER[Attribute.PREFIX_MATCH]}")
-    return match is not None and bool(match[position] > 0)
+    """By any index there is."""
+    matches = (values for name, values in candidates.columns.items() if name.startswith("prefix_match_blocks/"))
+    return any(match[position] > 0 for match in matches)

@@ -45,12 +45,21 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """Refuse it unless the chosen endpoint holds some of the prompt."""
     media: int = 0
     """Images, videos and sounds in the prompt."""
+    media_hashes: tuple[int, ...] = ()
+    """What tells them apart, of as many as are looked at."""
     skip_reply: bool = False
     """Nothing is generated, so nobody follows the reply."""
     headers: Mapping[str, str] = msgspec.field(default_factory=dict)
     """Of those a plugin asked for, the ones the request has: lower-case name -> value."""
     identities: Mapping[str, str] = msgspec.field(default_factory=dict)
     """Name of a plugin that tells whose a request is -> what it said; absent when it said nothing."""
+
+
+class Rewritten(msgspec.Struct, frozen=True):
+    """``model``: the name a request is sent upstream under; ``by``: the name of the object that says so."""
+
+    model: str
+    by: str
 
 
 class Endpoint(msgspec.Struct, frozen=True, dict=True):
@@ -166,6 +175,10 @@ class Prediction(msgspec.Struct, frozen=True):
     """Identity of the endpoint, ``namespace/name``."""
     producer: str = ""
     """Name of the plugin that predicted."""
+    prefill_row: tuple[float, ...] | None = None
+    """The row of TTFT where another endpoint computes the prompt; ``row`` is TPOT's alone then."""
+    prefill_endpoint: str = ""
+    """Identity of that endpoint."""
     took_s: float = 0.0
     """How long the prediction took, all candidates and both targets."""
 
@@ -219,6 +232,8 @@ class Trace(msgspec.Struct, frozen=True):
     columns: Mapping[str, Array]
     """What producers said of each endpoint."""
     verdicts: tuple[Verdict, ...] = ()
+    position: int = 0
+    """Of the first endpoint picked."""
 
     def as_json(self) -> dict[str, object]:
         keys = [e.key for e in self.endpoints]

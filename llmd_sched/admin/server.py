@@ -1,7 +1,7 @@
 """The admin port: metrics, and what the scheduler can say of itself.
 
     GET /healthz              open to all
-    GET /metrics              Prometheus text, or OpenMetrics where asked for
+    GET /metrics              Prometheus text
     GET /debug/plugins/state  what each plugin holds, bounded
     GET /debug/decisions      the last decisions, newest first; ?limit= ?endpoint= ?request_id=
 
@@ -22,12 +22,12 @@ from typing import Any, cast
 import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
-from prometheus_client import CollectorRegistry
 
 from llmd_sched.admin.auth import Authorize, bearer
 from llmd_sched.admin.decisions import Decisions, Record
 from llmd_sched.admin.dump import plugin_states
-from llmd_sched.admin.metrics import Form, MetricsPage
+from llmd_sched.admin.metrics import MetricsPage
+from llmd_sched.telemetry import CONTENT_TYPE
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,8 @@ _REFUSED = b"too many connections\n"
 
 
 class AdminServer:
-    """Started, it serves. ``authorize`` None lets everybody in, ``ssl_context`` None serves plain HTTP.
+    """Started, it serves. ``page`` makes the metrics page, in a thread. ``authorize`` None lets everybody in,
+    ``ssl_context`` None serves plain HTTP.
 
     ``states`` is called on the event loop and returns ``{name: {"type": ..., "state" or "message": ...}}``. ``routes``
     are more GET handlers by path, behind the same authorization.
@@ -64,7 +65,7 @@ class AdminServer:
 
     def __init__(
         self,
-        registry: CollectorRegistry,
+        page: Callable[[], bytes],
         *,
         decisions: Decisions | None = None,
         states: Callable[[], Mapping[str, Any]] = dict,
@@ -78,7 +79,7 @@ class AdminServer:
         self._authorize = authorize
         self._ssl = ssl_context
         self._request_s = request_s
-        self._page = MetricsPage(registry)
+        self._page = MetricsPage(page)
         self._telling = asyncio.Lock()
         self._stack = AsyncExitStack()
         self.routes: dict[str, Route] = {
@@ -185,9 +186,12 @@ class AdminServer:
         return _text(200, "ok")
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        form = Form.asked(request.headers.get("Accept", ""), request.headers.get("Accept-Encoding", ""))
-        headers = {"Content-Type": form.content_type} | ({"Content-Encoding": "gzip"} if form.gzipped else {})
-        return web.Response(body=await self._page.render(form), headers=headers)
+        accepted = {
+            one.partition(";")[0].strip() for one in request.headers.get("Accept-Encoding", "").lower().split(",")
+        }
+        gzipped = "gzip" in accepted
+        headers = {"Content-Type": CONTENT_TYPE} | ({"Content-Encoding": "gzip"} if gzipped else {})
+        return web.Response(body=await self._page.render(gzipped), headers=headers)
 
     async def _plugins_state(self, _: web.Request) -> web.Response:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

@@ -8,6 +8,7 @@ from typing import cast
 
 from llmd_sched.catalog.resolve import Resolved
 from llmd_sched.config import SchedulingProfile
+from llmd_sched.parsers.producer import TokenProducer
 from llmd_sched.parsers.registry import ParserRegistry
 from llmd_sched.plugin import Admitter, Filter, Keeps, Parser, Picker, Producer, Scorer, Scoring, Stateful
 from llmd_sched.pool.pool import Pool
@@ -46,4 +47,6 @@ def _profile(profile: SchedulingProfile, resolved: Resolved, live: Mapping[str, 
 
 
 def build_parsers(resolved: Resolved) -> ParserRegistry:
-    return ParserRegistry([p for p in resolved.of(resolved.parsers) if isinstance(p, Parser)])
+    tokens = next(iter(resolved.kind(TokenProducer).values()), None)
+    parsers = [p for p in resolved.of(resolved.parsers) if isinstance(p, Parser)]
+    return ParserRegistry(parsers, tokens.estimate if tokens else None)

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from llmd_sched import headers as names
-from llmd_sched.extproc.messages import ATTRIBUTES
+from llmd_sched.extproc.messages import ATTRIBUTES, PEER_ATTRIBUTE, header_attribute
 from llmd_sched.extproc.reply import TAIL_BYTES
 
 _TYPE = "type.googleapis.com/"
@@ -43,6 +43,12 @@ class EnvoySettings(msgspec.Struct, frozen=True, kw_only=True):
     """Let requests pass when the scheduler cannot be asked: to ``fallback`` in turn, or to Envoy's own 503 without."""
     fallback: tuple[tuple[str, int], ...] = ()
     """(host, port) of model servers that may be used without being chosen."""
+    read_headers: tuple[str, ...] = ()
+    """Request headers the scheduler's plugins look at, beyond those it always reads."""
+    send_headers: bool = False
+    """The scheduler sets request headers, so it is always sent them."""
+    tell_peer: bool = False
+    """Tell the scheduler the client's address (``--trusted-header-source``)."""
     max_body_bytes: int = 8 << 20
     message_timeout_s: float = 1000.0
     access_log_flush_s: float = 0.05
@@ -129,7 +135,7 @@ def _routes(settings: EnvoySettings) -> list[dict[str, Any]]:
     limits = {"timeout": "86400s", "idle_timeout": "86400s"}
     chosen: dict[str, Any] = {"match": {"prefix": "/"}, "route": {"cluster": LB_CLUSTER, **limits}}
     if not settings.fallback:
-        return [_body_only(chosen), chosen] if settings.path == "lean" else [chosen]
+        return [_body_only(chosen), chosen] if settings.path == "lean" and not settings.send_headers else [chosen]
     chosen["match"]["headers"] = [{"name": names.DESTINATION, "present_match": True}]
     return [chosen, {"match": {"prefix": "/"}, "route": {"cluster": FALLBACK_CLUSTER, **limits}}]
 
@@ -216,7 +222,7 @@ def _ext_proc(settings: EnvoySettings) -> dict[str, Any]:
             "message_timeout": timeout,
             "max_message_timeout": timeout,
             "processing_mode": _LEAN_MODE if lean else _DUPLEX_MODE,
-            "request_attributes": list(ATTRIBUTES.values()) if lean else [],
+            "request_attributes": _attributes(settings),
             "metadata_options": {
                 "forwarding_namespaces": {"untyped": [names.NAMESPACE_SUBSET]},
                 "receiving_namespaces": {"untyped": [names.NAMESPACE_LB, names.NAMESPACE_OURS]},
@@ -224,6 +230,12 @@ def _ext_proc(settings: EnvoySettings) -> dict[str, Any]:
             "mutation_rules": {"allow_all_routing": True},
         },
     }
+
+
+def _attributes(settings: EnvoySettings) -> list[str]:
+    """On the lean path the headers that matter, as its requests come without; see ``_body_only``."""
+    headers = [*ATTRIBUTES.values(), *map(header_attribute, settings.read_headers)] if settings.path == "lean" else []
+    return list(dict.fromkeys([*headers, *([PEER_ATTRIBUTE] if settings.tell_peer else [])]))
 
 
 def _buffer(settings: EnvoySettings) -> dict[str, Any]:

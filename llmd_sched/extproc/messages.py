@@ -30,12 +30,36 @@ _HEADER_OF = {attribute: header for header, attribute in ATTRIBUTES.items()}
 _ATTRIBUTES_KEY = "envoy.filters.http.ext_proc"
 
 
+def header_attribute(header: str) -> str:
+    """The Envoy attribute that carries a request header."""
+    return f"request.headers['{header}']"
+
+
 def attribute_map(message: ext_proc_pb2.ProcessingRequest) -> dict[str, str]:
     """The headers that came as attributes; absent ones are not there."""
     if _ATTRIBUTES_KEY not in message.attributes:
         return {}
     fields = message.attributes[_ATTRIBUTES_KEY].fields
-    return {_HEADER_OF[name]: value.string_value for name, value in fields.items() if name in _HEADER_OF}
+    return {header: value.string_value for name, value in fields.items() if (header := _header_of(name))}
+
+
+def _header_of(attribute: str) -> str:
+    """Empty for an attribute that is no header."""
+    known = _HEADER_OF.get(attribute, "")
+    if not known and attribute.startswith("request.headers['"):
+        return attribute[len("request.headers['") : -len("']")]
+    return known
+
+
+PEER_ATTRIBUTE = "source.address"
+
+
+def peer(message: ext_proc_pb2.ProcessingRequest) -> str:
+    """``ip:port`` of the client, where the proxy was configured to tell; empty otherwise."""
+    if _ATTRIBUTES_KEY not in message.attributes:
+        return ""
+    fields = message.attributes[_ATTRIBUTES_KEY].fields
+    return fields[PEER_ATTRIBUTE].string_value if PEER_ATTRIBUTE in fields else ""
 
 
 def whole_number(text: str) -> int | None:

@@ -8,7 +8,8 @@ import msgspec
 
 from llmd_sched.extproc.messages import whole_number
 from llmd_sched.headers import CONTENT_TYPE
-from llmd_sched.parsers.openai import Usage, usage_in_tail
+from llmd_sched.parsers.grpc import ReplyFrames
+from llmd_sched.parsers.usage import Usage, usage_in_tail
 from llmd_sched.types import End, Outcome
 
 TAIL_BYTES = 2048
@@ -52,11 +53,21 @@ def _begun(text: bytes, pattern: bytes) -> int:
     return next((n for n in lengths if text.endswith(pattern[:n])), 0)
 
 
-class ReplyReader:
-    """One reply on the duplex path. ``sent_s`` is when its request was handed back to Envoy."""
+MAX_KEPT_BYTES = 1 << 18
+"""Of a reply whose text is to be learnt; its beginning is as good as the whole."""
 
-    def __init__(self, *, streaming: bool, sent_s: float) -> None:
-        self._streaming = streaming
+
+class ReplyReader:
+    """One reply on the duplex path. ``sent_s`` is when its request was handed back to Envoy, ``keep`` whether its
+    beginning is wanted as it came."""
+
+    def __init__(self, *, streaming: bool, sent_s: float, keep: bool = False) -> None:
+        self.streaming = streaming
+        self.kept = bytearray()
+        self._keep = keep
+        self._asked_to_stream = streaming
+        self._frames: ReplyFrames | None = None
+        """Of a gRPC reply."""
         self._sent_s = sent_s
         self._status = 0
         self._first_s: float | None = None
@@ -69,7 +80,10 @@ class ReplyReader:
 
     def headers(self, headers: Mapping[str, str]) -> None:
         self._status = whole_number(headers.get(":status", "")) or 0
-        self._streaming = "text/event-stream" in headers.get(CONTENT_TYPE, "")
+        content_type = headers.get(CONTENT_TYPE, "")
+        self.streaming = "text/event-stream" in content_type
+        if content_type.startswith("application/grpc"):
+            self.streaming, self._frames = self._asked_to_stream, ReplyFrames()
 
     def body(self, chunk: bytes, now_s: float) -> bool:
         """True for the first chunk of a successful stream: the first token."""
@@ -77,20 +91,24 @@ class ReplyReader:
         if first:
             self._first_s = now_s
         self._bytes += len(chunk)
+        if self._keep and len(self.kept) < MAX_KEPT_BYTES:
+            self.kept += chunk
+        if self._frames is not None:
+            self._frames.feed(chunk)
         self._tail = (self._tail + chunk)[-TAIL_BYTES:]
-        if self._streaming:
+        if self.streaming:
             if len(self._head) < HEAD_BYTES:
                 self._head += chunk[: HEAD_BYTES - len(self._head)]
             text = self._cut + chunk
             self._events += text.count(EVENT_MARK)
             self._cut = text[1 - len(EVENT_MARK) :]
-        return first and self._streaming and self._status == 200
+        return first and self.streaming and self._status == 200
 
     def outcome(self, end: End, now_s: float) -> Outcome:
-        return read_outcome(
+        outcome = read_outcome(
             end,
             status=self._status,
-            streamed=self._streaming,
+            streamed=self.streaming,
             first_ms=None if self._first_s is None else (self._first_s - self._sent_s) * 1e3,
             e2e_ms=(now_s - self._sent_s) * 1e3,
             tail=self._tail,
@@ -98,6 +116,14 @@ class ReplyReader:
             response_bytes=self._bytes,
             head=self._head,
         )
+        usage = self._frames.usage if self._frames is not None else None
+        return outcome if usage is None else _with(outcome, usage)
+
+
+def _with(outcome: Outcome, usage: Usage) -> Outcome:
+    return msgspec.structs.replace(
+        outcome, prompt_tokens=usage.prompt, cached_tokens=usage.cached, output_tokens=usage.output
+    )
 
 
 def read_outcome(

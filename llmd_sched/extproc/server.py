@@ -6,7 +6,9 @@ Envoy's, so no generated stubs are needed.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -17,8 +19,9 @@ from grpc import aio
 from llmd_sched.errors import Evicted, RequestError
 from llmd_sched.extproc.accesslog import read_entry
 from llmd_sched.extproc.messages import ProcessingRequest, ProcessingResponse
-from llmd_sched.extproc.service import EndpointPicker
+from llmd_sched.extproc.service import EndpointPicker, path_of
 from llmd_sched.extproc.session import Ended, Event, FirstToken, Path, Route, Session
+from llmd_sched.telemetry.instruments import Bins
 from llmd_sched.types import End, Outcome
 from llmd_sched.wire import als_pb2
 
@@ -35,6 +38,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: int = 8 << 20
     honour_subset: bool = True
     emit_scores: bool = False
+    stream_metrics: bool = False
+    """Count streams and how long they last."""
     own_headers: tuple[str, ...] = ()
     """Request headers nobody but us may set."""
 
@@ -71,6 +76,7 @@ class ExtProcServer:
         self.open_streams = 0
         self._streams: dict[str, _Stream] = {}
         """Ticket -> its stream on the duplex path, where a request under way can be ended."""
+        self._evicting: set[asyncio.Task[None]] = set()
 
     def add_to(self, server: aio.Server) -> None:
         server.add_generic_rpc_handlers(handlers(self.process, self.access_logs))
@@ -79,6 +85,7 @@ class ExtProcServer:
         """One HTTP request."""
         stream = _Stream(self.picker, self._session(), context)
         self.open_streams += 1
+        began_s, code = time.perf_counter(), "CANCELLED"
         try:
             while not stream.session.done and (message := await context.read()) is not aio.EOF:
                 stream.delivered = False
@@ -87,10 +94,19 @@ class ExtProcServer:
                 stream.delivered = True
                 if stream.ticket is not None and stream.session.path is Path.DUPLEX:
                     self._streams[stream.ticket] = stream
+            code = "OK"
         finally:
             self.open_streams -= 1
+            if self.settings.stream_metrics:
+                self._observe_stream(began_s, code)
             self._streams.pop(stream.ticket or "", None)
             stream.closed()
+
+    def _observe_stream(self, began_s: float, code: str) -> None:
+        telemetry = self.picker.observer.telemetry
+        telemetry.gauge("extproc_streams_inflight").labels().set(self.open_streams)
+        telemetry.histogram("extproc_stream_duration_seconds").labels().observe(time.perf_counter() - began_s)
+        telemetry.counter("extproc_streams_total").labels(code).inc()
 
     def _session(self) -> Session:
         settings = self.settings
@@ -100,14 +116,17 @@ class ExtProcServer:
             emit_scores=settings.emit_scores,
             ours=settings.own_headers,
             report=self.picker.report,
+            keep_reply=self.picker.learns_replies,
         )
 
-    async def evict(self, ticket: str) -> bool:
+    def evict(self, ticket: str) -> bool:
         """End a request that is under way, with 429. False when it cannot be: it has ended, or is on the lean path."""
         stream = self._streams.pop(ticket, None)
         if stream is None or stream.session.done:
             return False
-        await stream.evict()
+        task = asyncio.create_task(stream.evict())
+        self._evicting.add(task)
+        task.add_done_callback(self._evicting.discard)
         return True
 
     async def access_logs(
@@ -132,12 +151,32 @@ class _Stream:
         self.delivered = True
         """Envoy has all our replies so far."""
         self._context = context
+        self._path = ""
+        self._itl_s: Bins | None = None
+        self._last_chunk_s: float | None = None
+        self._reply_cost_s = 0.0
 
     async def receive(self, message: ProcessingRequest) -> list[ProcessingResponse]:
+        began_s = time.perf_counter()
         events = self.session.receive(message, self.picker.clock())
         if len(events) == 1 and isinstance(events[0], Route):
-            events = await self._route(events[0])
-        return self._replies(events)
+            replies = self._replies(await self._route(events[0]))
+            self.picker.observer.telemetry.request_processing_s.observe(time.perf_counter() - began_s)
+            return replies
+        replies = self._replies(events)
+        if self.ticket is not None:
+            self._time_reply(message, began_s)
+        return replies
+
+    def _time_reply(self, message: ProcessingRequest, began_s: float) -> None:
+        """Of the duplex path: the gaps between a stream's chunks, and what its messages cost together."""
+        if self.session.streaming and message.HasField("response_body"):
+            if self._last_chunk_s is not None and self._itl_s is not None:
+                self._itl_s.observe(began_s - self._last_chunk_s)
+            self._last_chunk_s = began_s
+        self._reply_cost_s += time.perf_counter() - began_s
+        if self.session.done:
+            self.picker.observer.telemetry.response_processing_s.observe(self._reply_cost_s)
 
     def _replies(self, events: Sequence[Event]) -> list[ProcessingResponse]:
         """What to send; what there is to tell is told."""
@@ -155,24 +194,28 @@ class _Stream:
         try:
             if route.body is None:
                 return self.session.routed_blindly(*self.picker.route_blindly(route))
-            decision, body, changed = await self.picker.route(route, route.body)
+            decision, body, changed, remove, headers = await self.picker.route(route, route.body)
         except RequestError as error:
             return self.session.refused(error)
         self.ticket = decision.ticket
         if self.session.path is Path.LEAN:
             self.picker.expect_first_token(decision)
-        return self.session.routed(decision, body, self.picker.clock(), body_changed=changed)
+        self._path = path_of(route.headers)
+        self._itl_s = self.picker.observer.series(decision.request).itl_s
+        now_s = self.picker.clock()
+        return self.session.routed(decision, body, now_s, body_changed=changed, remove=remove, headers=headers)
 
     def _tell(self, event: FirstToken | Ended, ticket: str) -> None:
         if isinstance(event, FirstToken):
             self.picker.first_token(ticket)
         else:
+            self.picker.learn(ticket, self._path, event)
             self.picker.finish(ticket, event.outcome)
 
     async def evict(self) -> None:
         """Envoy resets the stream upon this, which ends the loop that reads it."""
         self._replies(self.session.peer_closed(self.picker.clock(), End.EVICTED))
-        for reply in self.session.refused(Evicted("request evicted by flow control")):
+        for reply in self.session.refused(Evicted()):
             await self._context.write(reply)
 
     def closed(self) -> None:

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeAlias
 
 import msgspec
@@ -55,6 +56,8 @@ class Route(msgspec.Struct, frozen=True):
     body: bytes | None
     """None for a request without a body."""
     subset: frozenset[str] | None
+    peer: str = ""
+    """Address of the client, where the proxy tells (attribute ``source.address``)."""
     may_rewrite: bool = True
     """False when the headers were not sent: then no header mutation is applied, and content-length is what it was."""
 
@@ -65,6 +68,8 @@ class FirstToken(msgspec.Struct, frozen=True):
 
 class Ended(msgspec.Struct, frozen=True):
     outcome: Outcome
+    reply: bytes = b""
+    """The beginning of it as it came, where that was to be kept."""
 
 
 Event: TypeAlias = ext_proc_pb2.ProcessingResponse | Route | FirstToken | Ended
@@ -81,6 +86,7 @@ class Session:
         emit_scores: bool = False,
         ours: Sequence[str] = (),
         report: Callable[[Outcome], Struct | None] = lambda outcome: None,
+        keep_reply: bool = False,
     ) -> None:
         """``ours``: request headers only we may set, taken off when the decision does not set them. ``report``: what
         to tell the proxy, as dynamic metadata, of a reply that has ended."""
@@ -92,16 +98,23 @@ class Session:
         self._emit_scores = emit_scores
         self._ours = ours
         self._report = report
+        self._keep_reply = keep_reply
         self._reply_headers: Mapping[str, str] = {}
         self._first = True
         self._has_headers = False
         self._headers: dict[str, str] = {}
+        self._peer = ""
         self._chunks: list[bytes] = []
         self._size_bytes = 0
         self._route_asked = False
         self._has_trailers = False
         self._reply: ReplyReader | None = None
         self._name_back: NameBack | None = None
+
+    @property
+    def streaming(self) -> bool:
+        """A streamed reply is coming through."""
+        return self._reply is not None and self._reply.streaming
 
     def receive(self, message: ext_proc_pb2.ProcessingRequest, now_s: float) -> list[Event]:
         kind = message.WhichOneof("request")
@@ -133,6 +146,7 @@ class Session:
         self._has_headers = True
         received = message.request_headers
         self._headers = messages.header_map(received.headers)
+        self._peer = messages.peer(message)
         if received.end_of_stream:
             return [self._ask_route(message, None)]
         self._check_size(messages.whole_number(self._headers.get(names.CONTENT_LENGTH, "")) or 0)
@@ -169,17 +183,27 @@ class Session:
         self._route_asked = True
         self._chunks.clear()
         subset = messages.subset_hint(message) if self._honour_subset else None
-        return Route(self._headers, body, subset, may_rewrite=self._has_headers)
+        return Route(self._headers, body, subset, self._peer or messages.peer(message), may_rewrite=self._has_headers)
 
-    def routed(self, decision: Decision, body: bytes, now_s: float, *, body_changed: bool = False) -> list[Event]:
-        """The replies that send the request on. ``body`` is what goes upstream."""
-        headers = {names.DESTINATION: decision.destination, **decision.headers}
+    def routed(
+        self,
+        decision: Decision,
+        body: bytes,
+        now_s: float,
+        *,
+        body_changed: bool = False,
+        remove: Sequence[str] = (),
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> list[Event]:
+        """The replies that send the request on. ``body`` is what goes upstream, ``remove`` are headers that do not,
+        ``headers`` are set beside the decision's."""
+        headers = {names.DESTINATION: decision.destination, **headers, **decision.headers}
         if not self._headers.get(names.REQUEST_ID):
             headers[names.REQUEST_ID] = decision.request.id
         if self.path is Path.DUPLEX or body_changed:
             headers[names.CONTENT_LENGTH] = str(len(body))
         common = messages.routing(messages.set_headers(headers))
-        common.header_mutation.remove_headers.extend(n for n in self._ours if n not in headers)
+        common.header_mutation.remove_headers.extend(n for n in (*self._ours, *remove) if n not in headers)
         metadata = messages.decision_metadata(decision.destination, decision, emit_scores=self._emit_scores)
         if self.path is Path.LEAN:
             self.done = True
@@ -188,7 +212,7 @@ class Session:
             reply = ext_proc_pb2.BodyResponse(response=common)
             return [ProcessingResponse(request_body=reply, dynamic_metadata=metadata)]
         self._reply_headers = decision.reply_headers
-        self._reply = ReplyReader(streaming=decision.request.streaming, sent_s=now_s)
+        self._reply = ReplyReader(streaming=decision.request.streaming, sent_s=now_s, keep=self._keep_reply)
         asked, target = decision.request.model, decision.request.target_model
         self._name_back = NameBack(target, asked) if asked and asked != target else None
         replies: list[Event] = [
@@ -268,7 +292,7 @@ class Session:
 
     def _outcome(self, end: End, now_s: float) -> list[Ended]:
         reply, self._reply = self._reply, None
-        return [] if reply is None else [Ended(reply.outcome(end, now_s))]
+        return [] if reply is None else [Ended(reply.outcome(end, now_s), bytes(reply.kept))]
 
 
 _RECEIVE: dict[str, Callable[[Session, ProcessingRequest, float], list[Event]]] = {

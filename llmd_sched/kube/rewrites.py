@@ -12,13 +12,7 @@ from random import Random
 import msgspec
 
 from llmd_sched.kube.objects import Objective, Rewrite, Rule, Target
-
-
-class Rewritten(msgspec.Struct, frozen=True):
-    """``model``: where the request goes; ``by``: the name of the InferenceModelRewrite that says so."""
-
-    model: str
-    by: str
+from llmd_sched.types import Rewritten
 
 
 class Objects(msgspec.Struct, frozen=True):

@@ -9,8 +9,10 @@ from __future__ import annotations
 import msgspec
 
 from llmd_sched.errors import BadRequest
-from llmd_sched.parsers.openai import ABSENT, MAX_IMAGES, Body, append_image, decoded, given, parsed_of
-from llmd_sched.plugin import Parsed, Parser
+from llmd_sched.parsers.body import ABSENT, Body, decoded, given, parsed_of
+from llmd_sched.parsers.media import Sizes
+from llmd_sched.parsers.prompt import MediaParser, Prompt
+from llmd_sched.plugin import Parsed
 
 BILLING_MARK = "x-anthropic-billing-header"
 """Begins a system block of Claude Code. It differs from request to request, and servers drop it: no common prefix."""
@@ -56,62 +58,48 @@ _COUNT = msgspec.json.Decoder(Body)
 _COUNT_SUFFIX = "messages/count_tokens"
 
 
-class AnthropicParser(Parser, frozen=True):
+class AnthropicParser(MediaParser, frozen=True):
     """The Messages API of Anthropic, and its token counter, which has a model but, since nothing is run, no prompt."""
 
-    def parse(self, path: str, body: bytes) -> Parsed:
+    def read(self, path: str, body: bytes, sizes: Sizes) -> Parsed:
         if path.endswith(_COUNT_SUFFIX):
-            return Parsed(model=decoded(_COUNT, body).model)
+            return Parsed(model=decoded(_COUNT, body).model, skip_reply=True)
         b = decoded(_MESSAGES, body)
         if not b.messages:
             raise BadRequest("invalid messages request: must have valid messages field")
-        return parsed_of(b, (_prompt(b, b.messages),), b.max_tokens)
+        prompt = Prompt(sizes)
+        prompt.add(given(b.tools))
+        _add_all(prompt, b.system, "system")
+        for message in b.messages:
+            prompt.add(message.role)
+            _add_all(prompt, message.content, message.role)
+        return parsed_of(b, (bytes(prompt),), b.max_tokens, prompt.media)
 
 
 AnthropicParser.suffixes = ("messages", _COUNT_SUFFIX)
 
 
-def _prompt(body: _Messages, messages: list[_Message]) -> bytes:
-    prompt = bytearray(given(body.tools))
-    images = _append_all(prompt, body.system, "system", 0)
-    for message in messages:
-        prompt += message.role.encode()
-        images = _append_all(prompt, message.content, message.role, images)
-    return bytes(prompt)
-
-
-def _append_all(prompt: bytearray, content: str | list[_Part] | list[_Block] | None, role: str, images: int) -> int:
-    """Returns how many images the prompt has by now."""
+def _add_all(prompt: Prompt, content: str | list[_Part] | list[_Block] | None, role: str) -> None:
     if isinstance(content, str):
-        prompt += content.encode()
-        return images
+        prompt.add(content)
+        return
     for part in content or ():
-        if role == "system" and part.text is not None and part.text.startswith(BILLING_MARK):
-            continue
-        images = _append(prompt, part, images)
-    return images
+        if role != "system" or not (part.text or "").startswith(BILLING_MARK):
+            _add(prompt, part)
 
 
-def _append(prompt: bytearray, part: _Part, images: int) -> int:
-    """A block of a kind that is not listed adds nothing. Returns how many images the prompt has by now."""
+def _add(prompt: Prompt, part: _Part) -> None:
+    """A block of a kind that is not listed adds nothing."""
     if part.type == "text":
-        prompt += (part.text or "").encode()
+        prompt.add(part.text)
     elif part.type == "image":
-        images += 1
-        if images <= MAX_IMAGES:
-            append_image(prompt, _address(part.source))
+        source = part.source if isinstance(part.source, _Source) else _Source(url=part.source)
+        prompt.image(source.url or source.data or source.file_id or "", "" if source.url else source.data or "")
     elif isinstance(part, _Block):
         if part.type == "thinking":
-            prompt += (part.thinking or "").encode()
+            prompt.add(part.thinking)
         elif part.type == "tool_use":
-            prompt += (part.id or "").encode() + (part.name or "").encode() + given(part.input)
+            prompt.add((part.id or "") + (part.name or ""))
+            prompt.add(given(part.input))
         elif part.type == "tool_result" and not isinstance(part.content, dict):
-            images = _append_all(prompt, part.content, "tool", images)
-    return images
-
-
-def _address(source: _Source | str | None) -> str:
-    """What tells one image from another."""
-    if isinstance(source, _Source):
-        return source.url or source.data or source.file_id or ""
-    return source or ""
+            _add_all(prompt, part.content, "tool")

@@ -1,4 +1,4 @@
-"""OpenAI request bodies, and token usage out of replies.
+"""OpenAI request bodies.
 
 A body is decoded once, into just the fields that matter; everything else is skipped without being built. Text is kept
 as bytes: four of them count as one token (the reference's estimate), so no tokenizer is needed.
@@ -6,35 +6,17 @@ as bytes: four of them count as one token (the reference's estimate), so no toke
 
 from __future__ import annotations
 
-import sys
-import zlib
-from array import array
-from collections.abc import Sequence
-from typing import Any, TypeVar
+import re
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
 from llmd_sched.errors import BadRequest
-from llmd_sched.plugin import Parsed, Parser
-
-IMAGE_TOKENS = 225
-"""An image of unknown size: 640 x 360 pixels at 1024 pixels per token."""
-
-
-MAX_IMAGES = 256
-"""Images of one request that count; each stands for IMAGE_TOKENS of prompt, however short its address is."""
-
-ABSENT = msgspec.Raw()
-
-T = TypeVar("T")
-
-
-class Body(msgspec.Struct):
-    """What the bodies of every format have in common."""
-
-    model: str = ""
-    stream: bool | None = None
-    cache_salt: str | None = None
+from llmd_sched.parsers.body import ABSENT, Body, decoded, given, parsed_of, taken_ids, token_bytes
+from llmd_sched.parsers.media import Sizes
+from llmd_sched.parsers.prompt import MediaParser, Prompt
+from llmd_sched.plugin import Parsed
 
 
 class _Completion(Body):
@@ -42,19 +24,43 @@ class _Completion(Body):
     max_tokens: int | None = None
 
 
+class _CompletionOfIds(Body, rename={"ids": "prompt"}):
+    ids: msgspec.Raw = ABSENT
+    max_tokens: int | None = None
+
+
 class _Url(msgspec.Struct):
     url: str = ""
+
+
+class _Audio(msgspec.Struct):
+    data: str = ""
 
 
 class _Part(msgspec.Struct):
     type: str = "text"
     text: str | None = None
     image_url: _Url | str | None = None
+    video_url: _Url | str | None = None
+    audio_url: _Url | str | None = None
+    input_audio: _Audio | None = None
+
+
+class _Function(msgspec.Struct):
+    """``arguments`` is JSON in a string, or the JSON itself, which some servers take too."""
+
+    name: str | None = None
+    arguments: msgspec.Raw = ABSENT
+
+
+class _Call(msgspec.Struct):
+    function: _Function | None = None
 
 
 class _Message(msgspec.Struct):
     role: str
     content: str | list[_Part] | None = None
+    tool_calls: list[_Call] | None = None
 
 
 class _Chat(Body):
@@ -75,6 +81,10 @@ class _Embedding(Body):
     input: msgspec.Raw = ABSENT
 
 
+class _EmbeddingOfIds(Body, rename={"ids": "input"}):
+    ids: msgspec.Raw = ABSENT
+
+
 class _Image(Body):
     prompt: str | None = None
 
@@ -84,44 +94,27 @@ class _Conversation(Body):
 
 
 _COMPLETION = msgspec.json.Decoder(_Completion)
+_COMPLETION_OF_IDS = msgspec.json.Decoder(_CompletionOfIds)
 _CHAT = msgspec.json.Decoder(_Chat)
 _INPUT = msgspec.json.Decoder(_Input)
 _EMBEDDING = msgspec.json.Decoder(_Embedding)
+_EMBEDDING_OF_IDS = msgspec.json.Decoder(_EmbeddingOfIds)
 _IMAGE = msgspec.json.Decoder(_Image)
 _CONVERSATION = msgspec.json.Decoder(_Conversation)
+_STRING = msgspec.json.Decoder(str)
 _TOKEN_IDS: msgspec.json.Decoder[list[Any]] = msgspec.json.Decoder(list[int | list[int]])
 
 
-class OpenAIParser(Parser, frozen=True):
+class OpenAIParser(MediaParser, frozen=True):
     """Chat completions, completions, embeddings, responses, conversations, image generations and the render paths."""
 
-    def parse(self, path: str, body: bytes) -> Parsed:
-        kind = next(k for s, k in _KINDS.items() if path.endswith(s))
-        return _READERS[kind](body)
+    def read(self, path: str, body: bytes, sizes: Sizes) -> Parsed:
+        return next(read for suffix, read in _READERS.items() if path.endswith(suffix))(body, sizes)
 
 
-_KINDS = {
-    "chat/completions/render": "chat",
-    "chat/completions": "chat",
-    "completions/render": "completion",
-    "completions": "completion",
-    "embeddings": "embedding",
-    "responses": "input",
-    "conversations": "conversation",
-    "images/generations": "image",
-}
-OpenAIParser.suffixes = tuple(_KINDS)
-
-
-def decoded(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
-    """``body`` as the decoder's type. BadRequest says what is wrong, and where."""
-    try:
-        return decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise BadRequest(f"error unmarshaling request bodyMap: {e}") from None
-
-
-def _completion(body: bytes) -> Parsed:
+def _completion(body: bytes, sizes: Sizes) -> Parsed:
+    if taken := taken_ids(_COMPLETION_OF_IDS, body, "prompt"):
+        return parsed_of(taken[0], taken[1], taken[0].max_tokens)
     b = decoded(_COMPLETION, body)
     if not b.prompt:
         raise BadRequest("invalid completions request: must have prompt field")
@@ -141,60 +134,58 @@ def _prompts(prompt: str | list[Any]) -> tuple[bytes, ...]:
     raise BadRequest("invalid completions request: prompt must be a string, strings, token ids or lists of token ids")
 
 
-def token_bytes(ids: Sequence[int], kind: str) -> bytes:
-    """Token ids as little-endian uint32, so that four bytes are one token here too. ``kind`` is for the error."""
-    try:
-        words = array("I", ids)  # half the time of struct.pack
-    except OverflowError:
-        raise BadRequest(f"invalid {kind} request: token ids must be between 0 and 4294967295") from None
-    if sys.byteorder == "big":
-        words.byteswap()
-    return words.tobytes()
-
-
-def _chat(body: bytes) -> Parsed:
+def _chat(body: bytes, sizes: Sizes) -> Parsed:
     b = decoded(_CHAT, body)
     if not b.messages:
         raise BadRequest("invalid chat completions request: must have valid messages field")
-    prompt = bytearray(given(b.tools))
-    images = 0
+    prompt = Prompt(sizes)
+    prompt.add(given(b.tools))
     for message in b.messages:
-        prompt += message.role.encode()
+        prompt.add(message.role)
         if isinstance(message.content, str):
-            prompt += message.content.encode()
-            continue
-        for part in message.content or ():
-            images += part.image_url is not None
-            _append_part(prompt, part, images)
-    return parsed_of(b, (bytes(prompt),), b.max_completion_tokens or b.max_tokens)
+            prompt.add(message.content)
+        else:
+            for part in message.content or ():
+                _add_part(prompt, part)
+        for call in message.tool_calls or ():
+            _add_call(prompt, call)
+    return parsed_of(b, (bytes(prompt),), b.max_completion_tokens or b.max_tokens, prompt.media)
 
 
-def _append_part(prompt: bytearray, part: _Part, images: int) -> None:
+def _add_part(prompt: Prompt, part: _Part) -> None:
+    """A part of a kind that is not listed adds nothing."""
     if part.text is not None:
-        prompt += part.text.encode()
-    elif part.image_url is not None and images <= MAX_IMAGES:
-        append_image(prompt, part.image_url.url if isinstance(part.image_url, _Url) else part.image_url)
+        prompt.add(part.text)
+    elif part.image_url is not None:
+        prompt.image(_address(part.image_url))
+    elif part.video_url is not None:
+        prompt.video(_address(part.video_url))
+    elif part.audio_url is not None:
+        prompt.audio(_address(part.audio_url))
+    elif part.input_audio is not None:
+        prompt.audio(part.input_audio.data)
 
 
-def append_image(prompt: bytearray, address: str) -> None:
-    """``address`` is a URL, or the image itself in base64."""
-    # An image must not shift what follows: align, then stand-in tokens that differ from image to image.
-    prompt += bytes(-len(prompt) % 4)
-    prompt += zlib.crc32(address.encode()).to_bytes(4, "little") * IMAGE_TOKENS
+def _address(url: _Url | str) -> str:
+    return url.url if isinstance(url, _Url) else url
 
 
-def given(value: msgspec.Raw) -> bytes:
-    """The JSON of an optional field; empty when it is absent or null."""
-    text = bytes(value)
-    return b"" if text == b"null" else text
+def _add_call(prompt: Prompt, call: _Call) -> None:
+    if call.function is not None:
+        prompt.add(call.function.name)
+        arguments = given(call.function.arguments)
+        prompt.add(decoded(_STRING, arguments) if arguments.startswith(b'"') else arguments)
+
+
+_EMPTY = re.compile(rb'[ \t\r\n]*(?:""|\[[ \t\r\n]*\])?[ \t\r\n]*')
 
 
 def _is_empty(text: bytes) -> bool:
     """Whether JSON is absent, an empty string or an empty list."""
-    return text.translate(None, b" \t\r\n") in (b"", b'""', b"[]")
+    return _EMPTY.fullmatch(text) is not None
 
 
-def _input(body: bytes) -> Parsed:
+def _input(body: bytes, sizes: Sizes) -> Parsed:
     b = decoded(_INPUT, body)
     parts = [given(p) for p in (b.instructions, b.tools, b.input)]
     if _is_empty(parts[-1]):
@@ -202,7 +193,9 @@ def _input(body: bytes) -> Parsed:
     return parsed_of(b, (b"".join(parts),), b.max_output_tokens)
 
 
-def _embedding(body: bytes) -> Parsed:
+def _embedding(body: bytes, sizes: Sizes) -> Parsed:
+    if taken := taken_ids(_EMBEDDING_OF_IDS, body, "input"):
+        return parsed_of(taken[0], taken[1], None)
     b = decoded(_EMBEDDING, body)
     text = given(b.input)
     if _is_empty(text):
@@ -222,14 +215,14 @@ def _token_prompts(text: bytes) -> tuple[bytes, ...]:
     return tuple(token_bytes(one, "embeddings") for one in (ids if kinds == {list} else [ids]))
 
 
-def _image(body: bytes) -> Parsed:
+def _image(body: bytes, sizes: Sizes) -> Parsed:
     b = decoded(_IMAGE, body)
     if not b.prompt:
         raise BadRequest("invalid images request: must have prompt field")
     return parsed_of(b, (b.prompt.encode(),), None)
 
 
-def _conversation(body: bytes) -> Parsed:
+def _conversation(body: bytes, sizes: Sizes) -> Parsed:
     b = decoded(_CONVERSATION, body)
     items = given(b.items)
     if _is_empty(items):
@@ -237,101 +230,14 @@ def _conversation(body: bytes) -> Parsed:
     return parsed_of(b, (items,), None)
 
 
-_READERS = {
-    "completion": _completion,
-    "chat": _chat,
-    "input": _input,
-    "embedding": _embedding,
-    "image": _image,
-    "conversation": _conversation,
+_READERS: dict[str, Callable[[bytes, Sizes], Parsed]] = {
+    "chat/completions/render": _chat,
+    "chat/completions": _chat,
+    "completions/render": _completion,
+    "completions": _completion,
+    "embeddings": _embedding,
+    "responses": _input,
+    "conversations": _conversation,
+    "images/generations": _image,
 }
-
-
-def parsed_of(body: Body, prompts: tuple[bytes, ...], max_output_tokens: int | None) -> Parsed:
-    return Parsed(
-        model=body.model,
-        prompts=prompts,
-        max_output_tokens=max_output_tokens,
-        streaming=bool(body.stream),
-        cache_salt=body.cache_salt or "",
-    )
-
-
-class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
-class Usage(msgspec.Struct):
-    """The ``usage`` object of a reply.
-
-    ``input_tokens`` and ``output_tokens`` are the names of the Responses API and of Anthropic; ``cache_...`` are
-    Anthropic's, whose ``input_tokens`` are only those neither read from the cache nor written to it.
-    """
-
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    prompt_tokens_details: _Details | None = None
-    input_tokens_details: _Details | None = None
-    cache_read_input_tokens: int | None = None
-    cache_creation_input_tokens: int | None = None
-
-    @property
-    def prompt(self) -> int | None:
-        if self.prompt_tokens is not None or self.input_tokens is None:
-            return self.prompt_tokens
-        return self.input_tokens + (self.cache_read_input_tokens or 0) + (self.cache_creation_input_tokens or 0)
-
-    @property
-    def output(self) -> int | None:
-        return self.completion_tokens if self.completion_tokens is not None else self.output_tokens
-
-    @property
-    def cached(self) -> int | None:
-        details = self.prompt_tokens_details or self.input_tokens_details
-        return details.cached_tokens if details else self.cache_read_input_tokens
-
-
-_USAGE = msgspec.json.Decoder(Usage)
-_USAGE_KEY = b'"usage"'
-
-
-def usage_in_tail(tail: bytes) -> Usage | None:
-    """The last complete ``usage`` object in the final bytes of a reply, streamed or whole; None if there is none."""
-    at = tail.rfind(_USAGE_KEY)
-    while at >= 0:
-        text = tail[at + len(_USAGE_KEY) :].lstrip(b" :\r\n\t")
-        if text.startswith(b"{") and (end := _object_end(text)):
-            try:
-                return _USAGE.decode(text[:end])
-            except (msgspec.DecodeError, RecursionError):
-                pass
-        at = tail.rfind(_USAGE_KEY, 0, at)
-    return None
-
-
-def _object_end(text: bytes) -> int:
-    """Length of the JSON object ``text`` starts with; 0 if it is cut short. Usage holds no strings with braces."""
-    depth = 0
-    for i, c in enumerate(text):
-        if c == 0x7B:
-            depth += 1
-        elif c == 0x7D:
-            depth -= 1
-            if not depth:
-                return i + 1
-    return 0
-
-
-_OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
-
-
-def with_model(body: bytes, model: str) -> bytes:
-    """``body`` with another ``model``. All other values keep their very bytes, and the order stays.
-
-    BadRequest when it cannot be read that far.
-    """
-    fields = decoded(_OBJECT, body)
-    fields["model"] = msgspec.Raw(msgspec.json.encode(model))
-    return b"{" + b",".join(msgspec.json.encode(k) + b":" + bytes(v) for k, v in fields.items()) + b"}"
+OpenAIParser.suffixes = tuple(_READERS)

@@ -1,7 +1,7 @@
 """Where each engine's metrics page says what: the literal table, and the two ways a page can say it.
 
-An endpoint's engine is the value of its label ENGINE_LABEL (or the legacy one), vLLM without any. Reference:
-``core-metrics-extractor``. A metric is written ``name`` or ``name{label=value,...}``.
+An endpoint's engine is the value of its label ENGINE_LABEL (or the legacy one), vLLM without any, unless a
+``core-metrics-extractor`` says otherwise (``sources.py``). A metric is written ``name`` or ``name{label=value,...}``.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class InfoLabel:
 class Engine(msgspec.Struct, frozen=True):
     """None: the engine's page does not have it."""
 
-    waiting: Series
-    running: Series
+    waiting: Series | None
+    running: Series | None
     kv_usage: Series | None = None
     """Share of the KV cache in use, 0..1."""
     block_tokens: InfoLabel | Series | None = None
@@ -67,6 +67,8 @@ class Engine(msgspec.Struct, frozen=True):
     lora: Series | None = None
     running_only_grows: bool = False
     """``running`` is a counter, so it is no sign of traffic unless it changes."""
+    custom: tuple[tuple[str, Series], ...] = ()
+    """Columns of the pool to fill beyond the usual ones, and from which series."""
 
 
 ENGINES: Mapping[str, Engine] = MappingProxyType(
@@ -110,6 +112,7 @@ ENGINES: Mapping[str, Engine] = MappingProxyType(
 )
 
 
-def engine_name(labels: Mapping[str, str]) -> str:
-    """What an endpoint's labels say, known or not."""
-    return labels.get(ENGINE_LABEL) or labels.get(LEGACY_ENGINE_LABEL) or DEFAULT_ENGINE
+def engine_name(labels: Mapping[str, str], label: str = ENGINE_LABEL, default: str = DEFAULT_ENGINE) -> str:
+    """What an endpoint's labels say, known or not. The legacy name stands in for the usual one only."""
+    legacy = labels.get(LEGACY_ENGINE_LABEL) if label == ENGINE_LABEL else ""
+    return labels.get(label) or legacy or default

@@ -7,11 +7,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from llmd_sched.plugin import Attribute, Producer, ProducerPlugin, Reads, reads
+from llmd_sched.plugin import PREFILL, Attribute, Producer, ProducerPlugin, Reads, reads
 from llmd_sched.types import Array, Candidates, Decision, Endpoint, Outcome, Request
-
-PREFILL = "prefill"
-"""The profile that is known by its name to pick who computes the prompt, as in the reference."""
 
 MAX_OPEN = 200_000
 """Open requests followed at once; beyond it the oldest are let go, so a lost end can never pile up."""
@@ -121,12 +118,21 @@ class _Counter:
 
 class _Open:
     __slots__ = (
-        "charged_tokens", "counter", "decode_began_s", "input_tokens", "only_prefills", "prefilling", "tokens_per_s",
-        "uncached_tokens",
+        "charged_tokens", "counter", "decode_began_s", "endpoint", "input_tokens", "only_prefills", "prefilling",
+        "request", "tokens_per_s", "uncached_tokens",
     )  # fmt: skip
 
-    def __init__(self, counter: _Counter, charged_tokens: float, uncached_tokens: float, decision: Decision) -> None:
+    def __init__(
+        self,
+        counter: _Counter,
+        charged_tokens: float,
+        uncached_tokens: float,
+        decision: Decision,
+        endpoint: Endpoint,
+    ) -> None:
         self.counter = counter
+        self.endpoint = endpoint
+        self.request = decision.request
         self.charged_tokens = charged_tokens
         self.uncached_tokens = uncached_tokens
         self.input_tokens = float(decision.request.input_tokens)
@@ -195,6 +201,10 @@ class InFlightLoad(Producer):
         table = self._rows(candidates)
         return {f"inflight_requests/{self.name}": table[:, 0], f"inflight_tokens/{self.name}": table[:, 1]}
 
+    def charges(self) -> list[_Open]:
+        """What is open on each endpoint, one entry for each request it works on."""
+        return [one for charges in list(self._open.values()) for one in charges]
+
     def _rows(self, candidates: Candidates) -> Array:
         """(n, len(_SHOWN)); not to be written to."""
         if candidates.endpoints is self._members:
@@ -224,7 +234,13 @@ class InFlightLoad(Producer):
         for at in dict.fromkeys((position, *(s.position for s in decision.stages))):
             counter = self._counters[candidates.endpoints[at].server]
             tokens = float(uncached[at])
-            one = _Open(counter, tokens + self._output_tokens(decision.request), tokens * (at == prefill), decision)
+            one = _Open(
+                counter,
+                tokens + self._output_tokens(decision.request),
+                tokens * (at == prefill),
+                decision,
+                candidates.endpoints[at],
+            )
             one.only_prefills = at == prefill != position
             counter.charge(one, due_s if at == prefill else -math.inf)
             charges.append(one)

@@ -7,7 +7,7 @@ other can be reached.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import msgspec
 import numpy as np
@@ -38,6 +38,8 @@ class Load(msgspec.Struct, frozen=True):
     """LoRA adapters some of whose requests wait."""
     max_adapters: float | None = None
     """How many may be loaded at once; finite."""
+    custom: Mapping[str, float] | None = None
+    """Columns beyond the usual ones -> value; finite. Their names are the configuration's."""
 
 
 class Pool:
@@ -47,8 +49,14 @@ class Pool:
         self.stale_after_s = stale_after_s
         self.endpoints: list[Endpoint] = []
         self.on_change: list[Callable[[list[Endpoint]], None]] = []
+        self.on_read: list[Callable[[], None]] = []
+        """Told when an endpoint's metrics were read, or could not be."""
         self._position: dict[str, int] = {}
         self._columns: dict[str, Array] = {name: np.zeros(0) for name in GAUGES + FACTS}
+        self._custom: dict[str, Array] = {}
+        """Columns that some engine has; NaN for an endpoint whose page never had it."""
+        self._custom_at_s: Array = np.zeros(0)
+        """When a page had any of them last."""
         self._read_at_s: Array = np.zeros(0)
         self._adapters: list[Adapters] = []
         self._serves_adapters = False
@@ -73,6 +81,8 @@ class Pool:
             dtype=np.intp,
         )
         self._columns = {name: np.append(column, 0.0)[source] for name, column in self._columns.items()}
+        self._custom = {name: np.append(column, np.nan)[source] for name, column in self._custom.items()}
+        self._custom_at_s = np.append(self._custom_at_s, -np.inf)[source]
         adapters = [*self._adapters, NO_ADAPTERS]
         self._adapters = [adapters[i] for i in source]
         self._serves_adapters = any(a != NO_ADAPTERS for a in self._adapters)
@@ -97,9 +107,20 @@ class Pool:
             value = getattr(load, name)
             if value is not None:
                 self._columns[name][i] = value
+        if load.custom:
+            self._record_custom(i, load.custom, now_s)
         self._record_adapters(i, load)
         if any(getattr(load, name) is not None for name in GAUGES):
             self._read_at_s[i] = now_s
+        for tell in self.on_read:
+            tell()
+
+    def _record_custom(self, i: int, values: Mapping[str, float], now_s: float) -> None:
+        for name, value in values.items():
+            if name not in self._custom:
+                self._custom[name] = np.full(len(self.endpoints), np.nan)
+            self._custom[name][i] = value
+        self._custom_at_s[i] = now_s
 
     def _record_adapters(self, i: int, load: Load) -> None:
         before = self._adapters[i]
@@ -118,6 +139,8 @@ class Pool:
         if i is not None:
             self._failures[i] += 1
             self._all_reachable = self._all_reachable and self._failures[i] < UNREACHABLE_AFTER_FAILURES
+        for tell in self.on_read:
+            tell()
 
     def _current(self, endpoint: Endpoint) -> int | None:
         """Its position, unless it was replaced by one at another address meanwhile."""
@@ -144,9 +167,15 @@ class Pool:
         return view if keep.all() else view.keep(keep).compact()
 
     def columns(self, now_s: float) -> dict[str, Array]:
-        """Every column of every endpoint, pessimistic where nothing fresh is known. Not to be written to, nor kept."""
+        """Every column of every endpoint, pessimistic where nothing fresh is known. Not to be written to, nor kept.
+
+        Of a custom column nobody can say which value is the worst: it is NaN there.
+        """
         age_s = now_s - self._read_at_s
         columns = {**self._columns, "metrics_age_s": age_s}
+        if self._custom:
+            known = now_s - self._custom_at_s <= self.stale_after_s
+            columns |= {name: np.where(known, values, np.nan) for name, values in self._custom.items()}
         if age_s.max(initial=0.0) > self.stale_after_s:
             columns["metrics_age_s"] = np.minimum(age_s, NEVER_READ_AGE_S)
             fresh = age_s <= self.stale_after_s

@@ -11,17 +11,18 @@ import asyncio
 import logging
 import math
 import re
+import ssl
 import time
 from collections.abc import Callable, Iterator
 
-from llmd_sched.pool.engines import DEFAULT_ENGINE, ENGINE_LABEL, ENGINES, Engine, InfoLabel, Series, engine_name
+from llmd_sched.pool.engines import DEFAULT_ENGINE, ENGINES, Engine, InfoLabel, Series
 from llmd_sched.pool.http import Getter, HttpError
 from llmd_sched.pool.pool import Load, Pool
+from llmd_sched.pool.sources import Reading
 from llmd_sched.types import Endpoint
 
 log = logging.getLogger(__name__)
 
-PATH = "/metrics"
 MAX_PAGE_BYTES = 4 << 20
 TIMEOUT_S = 1.0
 LOOK_BACK_BYTES = 1024
@@ -60,7 +61,7 @@ class PageReader:
             self._serves_adapters = engine.lora is not None and self._find(page, engine.lora) >= 0
             self._facts_read_s = now_s if block_tokens is not None else float("-inf")
         waiting, running = self._values(page, engine.waiting), self._values(page, engine.running)
-        usages = self._values(page, engine.kv_usage) if engine.kv_usage is not None else ()
+        usages = self._values(page, engine.kv_usage)
         lora = self._newest(page, engine.lora) if self._serves_adapters and engine.lora is not None else None
         return Load(
             waiting=sum(waiting) if waiting else None,
@@ -71,6 +72,7 @@ class PageReader:
             adapters=None if lora is None else _names(_RUNNING_ADAPTERS, lora),
             waiting_adapters=None if lora is None else _names(_WAITING_ADAPTERS, lora),
             max_adapters=None if lora is None else _most_adapters(lora),
+            custom=self._custom(page) if engine.custom else None,
         )
 
     def _find(self, page: bytes, series: Series) -> int:
@@ -100,8 +102,16 @@ class PageReader:
             at = before
         return at
 
-    def _values(self, page: bytes, series: Series) -> list[float]:
-        return [value for value, _ in self._lines(page, series)]
+    def _values(self, page: bytes, series: Series | None) -> list[float]:
+        return [value for value, _ in self._lines(page, series)] if series is not None else []
+
+    def _custom(self, page: bytes) -> dict[str, float]:
+        """The first of each, as the reference has it: whether several add up nobody can tell."""
+        found = ((name, self._first(page, series)) for name, series in self._engine.custom)
+        return {name: value for name, value in found if value is not None}
+
+    def _first(self, page: bytes, series: Series) -> float | None:
+        return next((value for value, _ in self._lines(page, series)), None)
 
     def _lines(self, page: bytes, series: Series) -> Iterator[tuple[float, bytes]]:
         """Value and labels of each wanted sample of the family that is a finite number."""
@@ -134,7 +144,7 @@ class PageReader:
         if fact is None:
             return None
         if isinstance(fact, Series):
-            return next((value for value, _ in self._lines(page, fact)), None)
+            return self._first(page, fact)
         at = self._find(page, fact.series)
         if at < 0:
             return None
@@ -197,7 +207,8 @@ class _Poller:
         self.engine = engine
         self._scraper, self._endpoint, self._phase = scraper, endpoint, phase
         self._reader = PageReader(engine)
-        self._getter = Getter(endpoint.address, endpoint.port, PATH, MAX_PAGE_BYTES)
+        how = scraper.reading
+        self._getter = Getter(endpoint.address, how.port or endpoint.port, how.path, MAX_PAGE_BYTES, how.tls)
         # Well below the pool's limit, so that an endpoint left alone because it is idle never counts as stale.
         self._pace = Pace(scraper.interval_s, min(IDLE_INTERVAL_S, scraper.pool.stale_after_s / 2))
         self._last_running: float | None = None
@@ -266,13 +277,14 @@ class _Poller:
     def _failed(self, error: Exception) -> None:
         self._scraper.errors += 1
         self._page_traffic = False
-        endpoint = self._endpoint
-        if not self._getter.connected:
+        endpoint, how = self._endpoint, self._scraper.reading
+        # Another port that is closed, or a certificate we do not trust, is no reason to send no requests there.
+        if not self._getter.connected and how.port in (0, endpoint.port) and not isinstance(error, ssl.SSLError):
             self._scraper.pool.record_failure(endpoint)
         if not self._failing:
             self._failing = True
-            said = error or "timed out"
-            log.warning("%s: cannot read http://%s%s: %s", endpoint.key, endpoint.hostport, PATH, said)
+            url = how.url(endpoint.address, endpoint.port)
+            log.warning("%s: cannot read %s: %s", endpoint.key, url, error or "timed out")
 
 
 def _wake(nap: asyncio.Future[bool], early: bool) -> None:
@@ -281,7 +293,7 @@ def _wake(nap: asyncio.Future[bool], early: bool) -> None:
 
 
 class Scraper:
-    """Reads every endpoint's ``/metrics``; follows the pool's members.
+    """Reads every endpoint's metrics page; follows the pool's members.
 
     One with traffic is read every ``interval_s``: something waits or runs on its last page, or it was ``touched`` just
     now. Any other is left alone longer and longer, up to IDLE_INTERVAL_S, and read at once when it is touched.
@@ -292,11 +304,13 @@ class Scraper:
         pool: Pool,
         interval_s: float,
         clock: Callable[[], float] = time.monotonic,
+        reading: Reading | None = None,
     ) -> None:
         self.pool = pool
         self.interval_s = interval_s
         self.errors = 0
         self.clock = clock
+        self.reading = reading or Reading()
         self._pollers: dict[tuple[str, str], _Poller] = {}
         self._unknown_engines: set[str] = set()
         self._started = 0
@@ -332,10 +346,10 @@ class Scraper:
                 self._pollers[server] = _Poller(self, endpoint, engine, self._started * 0.618034 % 1.0)
 
     def _engine(self, endpoint: Endpoint) -> Engine:
-        name = engine_name(endpoint.labels)
-        unknown = self._unknown_engines
-        if name not in ENGINES and name not in unknown and len(unknown) < MAX_UNKNOWN_ENGINES:
+        how, unknown = self.reading, self._unknown_engines
+        name = how.engine_name(endpoint.labels)
+        if name not in how.engines and name not in unknown and len(unknown) < MAX_UNKNOWN_ENGINES:
             unknown.add(name)
             what = "%s: %s is %r, read as %s; known are %s"
-            log.warning(what, endpoint.key, ENGINE_LABEL, name, DEFAULT_ENGINE, ", ".join(ENGINES))
-        return ENGINES.get(name, ENGINES[DEFAULT_ENGINE])
+            log.warning(what, endpoint.key, how.engine_label, name, how.default_engine, ", ".join(how.engines))
+        return how.engines.get(name) or how.engines[how.default_engine]

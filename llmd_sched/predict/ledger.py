@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter, OrderedDict
 
+import msgspec
+
 from llmd_sched.types import QUANTILES, End, Outcome, Prediction, Sample
 
 _MEMORY = 200
@@ -76,19 +78,20 @@ class Ledger:
             self.counts["evicted"] += 1
         self._open[ticket] = (prediction, at_s, explored)
 
-    def settle(self, ticket: str, outcome: Outcome, now_s: float) -> Sample | None:
-        """Close the prediction and make a sample of it; None, counted by reason, when it teaches nothing.
+    def settle(self, ticket: str, outcome: Outcome, now_s: float) -> list[Sample]:
+        """Close the prediction and make a sample of it, or one of each target where two endpoints did the work; none,
+        counted by reason, when it teaches nothing.
 
         Only a complete and successful reply is a label, and only a streamed one shows its first token.
         """
         entry = self._open.pop(ticket, None)
         if entry is None:
             self.counts["unknown"] += 1
-            return None
+            return []
         fate, ttft_ms, tpot_ms = _labels(outcome)
         self.counts[fate] += 1
         if fate != "settled":
-            return None
+            return []
         prediction, _, explored = entry
         sample = Sample(
             row=prediction.row,
@@ -102,7 +105,7 @@ class Ledger:
             endpoint=prediction.endpoint,
         )
         self._judge(prediction, ttft_ms, tpot_ms)
-        return sample
+        return [sample] if prediction.prefill_row is None else _apart(sample, prediction)
 
     def expire(self, now_s: float) -> int:
         """Forget predictions older than ``ttl_s``; returns how many."""
@@ -118,6 +121,15 @@ class Ledger:
             self.accuracy_by_version.popitem(last=False)
         for accuracy in (self.accuracy, version):
             accuracy.add(prediction, ttft_ms, tpot_ms)
+
+
+def _apart(sample: Sample, prediction: Prediction) -> list[Sample]:
+    """TTFT as the prefill endpoint's, TPOT as the other's; what was not measured is left out."""
+    assert prediction.prefill_row is not None
+    replace = msgspec.structs.replace
+    ttft = replace(sample, row=prediction.prefill_row, endpoint=prediction.prefill_endpoint, tpot_ms=None)
+    tpot = replace(sample, ttft_ms=None)
+    return [one for one in (ttft, tpot) if one.ttft_ms is not None or one.tpot_ms is not None]
 
 
 def _labels(outcome: Outcome) -> tuple[str, float | None, float | None]:

@@ -226,12 +226,13 @@ class PredictedLatency(Producer):
             last.tpot_ms * self.calibrator.factor("tpot", level, last.rows, last.tpot_ms),
         )
 
-    def predicted(self, candidates: Candidates, position: int) -> Prediction | None:
+    def predicted(self, candidates: Candidates, position: int, prefill: int | None = None) -> Prediction | None:
         if self._last is None:
             return None
         rows, ttft_ms, tpot_ms, took_s = self._last
-        row, ttft, tpot = rows[position], float(ttft_ms[position]), float(tpot_ms[position])
-        ttft_factors = self.calibrator.factors("ttft", group_of(row, ttft))
+        first = position if prefill is None else prefill
+        row, ttft, tpot = rows[position], float(ttft_ms[first]), float(tpot_ms[position])
+        ttft_factors = self.calibrator.factors("ttft", group_of(rows[first], ttft))
         tpot_factors = self.calibrator.factors("tpot", group_of(row, tpot))
         return Prediction(
             row=tuple(row.tolist()),
@@ -242,6 +243,8 @@ class PredictedLatency(Producer):
             tpot_quantiles_ms=tuple(tpot * factor for factor in tpot_factors),
             endpoint=candidates.endpoints[position].key,
             producer=self.name,
+            prefill_row=tuple(rows[first].tolist()) if first != position else None,
+            prefill_endpoint=candidates.endpoints[first].key if first != position else "",
             took_s=took_s,
         )
 
@@ -261,7 +264,6 @@ class PredictedLatency(Producer):
         if outcome.output_tokens and outcome.status == 200 and outcome.end is End.FINISHED:
             self._replies = min(self._replies + 1, OUTPUT_MEMORY)
             self._mean_output_tokens += (outcome.output_tokens - self._mean_output_tokens) / self._replies
-        sample = self.ledger.settle(ticket, outcome, now_s)
-        if sample is not None:
+        for sample in self.ledger.settle(ticket, outcome, now_s):
             self.calibrator.learn(sample)
             self.on_sample(sample)

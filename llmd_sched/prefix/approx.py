@@ -1,93 +1,32 @@
 """Which endpoint probably holds how much of a prompt in its prefix cache, guessed from where we sent prompts before.
 
-One index maps a chained block hash to the set of endpoints holding it, as the bits of an integer, so one walk along a
-prompt's hashes finds every endpoint's *contiguous* run from block 0 (an endpoint that lacks an earlier block cannot
-use a later one). Each endpoint has a bound on its blocks, evicted least recently used with the tail of a prompt
-first, as vLLM frees them: shared heads survive longest. A hit refreshes its blocks.
+Each endpoint has its own bounded set of chained block hashes (``HeldBlocks``), so a match is its *contiguous* run from
+block 0: an endpoint that lacks an earlier block cannot use a later one. The least recently used go first, and of a
+prompt the tail, as vLLM frees them: shared heads survive longest. A hit refreshes its blocks. Where the reply is seen,
+what the next turn of a conversation will begin with is known as soon as this one ends.
 """
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
-from llmd_sched.plugin import Attribute, Producer, ProducerPlugin
-from llmd_sched.prefix.hashing import block_hashes
-from llmd_sched.types import Array, Candidates, Decision, Endpoint, Request
+from llmd_sched.plugin import PREFILL, Attribute, Producer, ProducerPlugin
+from llmd_sched.prefix import approx_index
+from llmd_sched.prefix.approx_index import Chains, HeldBlocks, chains
+from llmd_sched.prefix.hashing import BYTES_PER_TOKEN, Hashes, block_hashes, continued
+from llmd_sched.types import Array, Candidates, Decision, Endpoint, Outcome, Request
 
 MIN_BLOCK_TOKENS = 64
 """The reference's floor; hashing finer gains nothing that routing can use."""
 
 MAX_UNCAPPED_BLOCKS = 1 << 20
 
+MAX_OPEN = 20_000
+"""Requests whose reply may still be learnt; beyond it the oldest one's is not."""
 
-class PrefixIndex:
-    """Block hash -> endpoints, bounded per endpoint. Endpoints are small integers, reused after ``forget``."""
-
-    def __init__(self) -> None:
-        self._holders: dict[int, int] = {}
-        self._blocks: dict[int, dict[int, None]] = {}  # endpoint -> its hashes, oldest first
-
-    def __len__(self) -> int:
-        return len(self._holders)
-
-    def size(self, endpoint: int) -> int:
-        return len(self._blocks.get(endpoint, ()))
-
-    def match(self, hashes: list[int], endpoints: int) -> dict[int, int]:
-        """Of the endpoints (as bits) that hold the first block: how many leading blocks each holds."""
-        lengths: dict[int, int] = {}
-        alive = endpoints
-        for i, h in enumerate(hashes):
-            still = alive & self._holders.get(h, 0)
-            if still != alive:
-                if i:
-                    self._close(alive & ~still, i, lengths)
-                if not still:
-                    return lengths
-                alive = still
-        if hashes:
-            self._close(alive, len(hashes), lengths)
-        return lengths
-
-    @staticmethod
-    def _close(bits: int, length: int, lengths: dict[int, int]) -> None:
-        while bits:
-            low = bits & -bits
-            lengths[low.bit_length() - 1] = length
-            bits ^= low
-
-    def insert(self, hashes: list[int], endpoint: int, capacity: int) -> None:
-        """Note that ``endpoint`` now holds these blocks; the oldest beyond ``capacity`` are dropped."""
-        blocks = self._blocks.setdefault(endpoint, {})
-        holders, bit = self._holders, 1 << endpoint
-        # Tail first, so the head is the most recent and a full cache loses tails before heads.
-        for h in reversed(hashes[:capacity]):
-            if h in blocks:
-                del blocks[h]
-            else:
-                holders[h] = holders.get(h, 0) | bit
-            blocks[h] = None
-        self._drop_oldest(endpoint, len(blocks) - capacity)
-
-    def _drop_oldest(self, endpoint: int, count: int) -> None:
-        # In one sweep: looking for a dict's first key walks over all that were deleted before it.
-        blocks, holders, others = self._blocks[endpoint], self._holders, ~(1 << endpoint)
-        for h in list(islice(blocks, max(0, count))):
-            del blocks[h]
-            left = holders[h] & others
-            if left:
-                holders[h] = left
-            else:
-                del holders[h]
-
-    def forget(self, endpoint: int) -> None:
-        """Drop all that ``endpoint`` held."""
-        if endpoint in self._blocks:
-            self._drop_oldest(endpoint, len(self._blocks[endpoint]))
-            del self._blocks[endpoint]
+WARM_UP_PROMPT = bytes(MIN_BLOCK_TOKENS * BYTES_PER_TOKEN)
 
 
 class ApproxPrefixCacheProducer(ProducerPlugin, frozen=True):
@@ -133,13 +72,25 @@ class ApproxPrefixCacheProducer(ProducerPlugin, frozen=True):
         return ApproxPrefixCache(name, self)
 
 
-class _Seen(NamedTuple):
-    """A list of endpoints as the index knows them."""
+class _Asked(NamedTuple):
+    """The request looked up last, hashed."""
 
-    endpoints: list[Endpoint]
-    bits: int
-    position: dict[int, int]
-    """Number in the index -> position in the list."""
+    request: Request
+    block_tokens: int
+    limit: int
+    chains: Chains
+
+
+class _Open(NamedTuple):
+    """A request under way whose reply, added to its prompt, can be learnt."""
+
+    request: Request
+    block_tokens: int
+    limit: int
+    full: Hashes
+    """Of its prompt's full blocks."""
+    server: tuple[str, str]
+    capacity: int
 
 
 class ApproxPrefixCache(Producer):
@@ -148,58 +99,84 @@ class ApproxPrefixCache(Producer):
     def __init__(self, name: str, params: ApproxPrefixCacheProducer) -> None:
         super().__init__(name)
         self.params = params
-        self.index = PrefixIndex()
+        self.held: dict[tuple[str, str], HeldBlocks] = {}
+        """What each server of the pool holds."""
         self._match_column = f"prefix_match_blocks/{name}"
         self._total_column = f"prefix_total_blocks/{name}"
         self._block_column = f"prefix_block_tokens/{name}"
-        self._ids: dict[tuple[str, str], int] = {}
-        self._free_ids: list[int] = []
-        self._last: tuple[Request, list[list[int]], int] | None = None
-        self._seen: _Seen | None = None
+        self._last: _Asked | None = None
+        self._open: dict[str, _Open] = {}
+        self._seen: tuple[list[Endpoint], list[HeldBlocks]] = ([], [])
 
     def endpoints_changed(self, endpoints: list[Endpoint]) -> None:
-        keys = {e.server for e in endpoints}
-        self._seen = None
-        for key in [k for k in self._ids if k not in keys]:
-            endpoint = self._ids.pop(key)
-            self.index.forget(endpoint)
-            self._free_ids.append(endpoint)
-        for e in endpoints:
-            if e.server not in self._ids:
-                self._ids[e.server] = self._free_ids.pop() if self._free_ids else len(self._ids)
+        self._seen = ([], [])
+        self.held = {e.server: self.held.get(e.server) or HeldBlocks() for e in endpoints}
 
     def produce(self, request: Request, candidates: Candidates, now_s: float) -> dict[str, Array]:
-        block_tokens = self._block_tokens(candidates)
-        limit = self.params.max_blocks(block_tokens)
-        root = request.target_model + request.cache_salt
-        chains = [block_hashes(p, root, block_tokens, limit).tolist() for p in request.prompts]
-        self._last = (request, chains, block_tokens)
-        seen = self._see(candidates.endpoints)
-        match = np.zeros(len(candidates.endpoints))
-        for chain in chains:
-            for endpoint, blocks in self.index.match(chain, seen.bits).items():
-                match[seen.position[endpoint]] += blocks
+        asked = self._last = self._hashed(request, self._block_tokens(candidates))
+        count = len(candidates.endpoints)
+        match = np.fromiter((one.match(asked.chains) for one in self._see(candidates.endpoints)), np.float64, count)
         return {
             self._match_column: match,
-            self._total_column: np.full(len(match), float(sum(map(len, chains)))),
-            self._block_column: np.full(len(match), float(block_tokens)),
+            self._total_column: np.full(count, float(len(asked.chains.hashes))),
+            self._block_column: np.full(count, float(asked.block_tokens)),
         }
 
-    def _see(self, endpoints: list[Endpoint]) -> _Seen:
-        """The numbers of these endpoints; looked up once for each list of them."""
-        if self._seen is None or self._seen.endpoints is not endpoints:
-            position = {self._ids[e.server]: i for i, e in enumerate(endpoints)}
-            self._seen = _Seen(endpoints, sum(1 << number for number in position), position)
-        return self._seen
+    def _hashed(self, request: Request, block_tokens: int) -> _Asked:
+        """A request that was looked up last, and waited or was tried again since, is not hashed twice."""
+        last = self._last
+        if last is not None and last.request is request and last.block_tokens == block_tokens:
+            return last
+        limit = self.params.max_blocks(block_tokens)
+        root = _root(request)
+        hashed = chains([block_hashes(p, root, block_tokens, limit) for p in request.prompts])
+        return _Asked(request, block_tokens, limit, hashed)
+
+    def _see(self, endpoints: list[Endpoint]) -> list[HeldBlocks]:
+        """What these endpoints hold; looked up once for each list of them."""
+        if self._seen[0] is not endpoints:
+            self._seen = (endpoints, [self.held[e.server] for e in endpoints])
+        return self._seen[1]
 
     def chosen(self, decision: Decision, candidates: Candidates, position: int, now_s: float) -> None:
-        if self._last is None or self._last[0] is not decision.request:
+        asked = self._last
+        if asked is None or asked.request is not decision.request:
             return
-        _, chains, block_tokens = self._last
-        capacity = self._capacity_blocks(candidates, position, block_tokens)
-        endpoint = self._ids[candidates.endpoints[position].server]
-        for chain in chains:
-            self.index.insert(chain, endpoint, capacity)
+        server = candidates.endpoints[position].server
+        capacity = self._capacity_blocks(candidates, position, asked.block_tokens)
+        self.held[server].insert(asked.chains, capacity)
+        for stage in decision.stages:
+            if stage.profile == PREFILL:
+                held = self.held[stage.picked[0].server]
+                held.insert(asked.chains, self._capacity_blocks(candidates, stage.position, asked.block_tokens))
+        self._follow(decision.ticket, asked, server, capacity)
+
+    def _follow(self, ticket: str, asked: _Asked, server: tuple[str, str], capacity: int) -> None:
+        request, block_tokens, limit, (hashes, _) = asked
+        if len(request.prompts) != 1:
+            return
+        full = len(request.prompts[0]) // (block_tokens * BYTES_PER_TOKEN)
+        if full < limit:  # else what follows is not compared anyway
+            self._open[ticket] = _Open(request, block_tokens, limit, hashes[:full], server, capacity)
+            if len(self._open) > MAX_OPEN:
+                del self._open[next(iter(self._open))]
+
+    def learn_reply(self, ticket: str, said: bytes) -> None:
+        """``said`` follows the prompt of this request in the next turn's: its endpoint holds that too now.
+
+        To be called before ``finished``. ``said`` is spelled as the parser will spell it in the next prompt (for an
+        OpenAI chat the role, then the text). A prefix of it is fine, and no more than that is certain.
+        """
+        open_ = self._open.pop(ticket, None)
+        if open_ is None or open_.server not in self.held:
+            return
+        request, block_tokens, limit, full, server, capacity = open_
+        begun = request.prompts[0][len(full) * block_tokens * BYTES_PER_TOKEN :]
+        hashes = continued(full, begun + said, _root(request), block_tokens, limit)
+        self.held[server].insert(chains([hashes]), capacity)
+
+    def finished(self, ticket: str, outcome: Outcome, now_s: float) -> None:
+        self._open.pop(ticket, None)
 
     def _block_tokens(self, candidates: Candidates) -> int:
         """One block size for the pool: the largest an engine reports, never under the floor."""
@@ -214,3 +191,14 @@ class ApproxPrefixCache(Producer):
         if self.params.auto_tune and blocks > 0 and tokens > 0:
             return max(1, int(blocks * tokens) // block_tokens)
         return max(1, self.params.lru_capacity_per_server * 16 // block_tokens)
+
+
+def _root(request: Request) -> str:
+    return request.target_model + request.cache_salt
+
+
+def warm_up() -> None:
+    """Compile the kernels, or load them, now rather than during the first request."""
+    hashes = block_hashes(WARM_UP_PROMPT, "", MIN_BLOCK_TOKENS, 1)
+    continued(hashes, WARM_UP_PROMPT, "", MIN_BLOCK_TOKENS, 2)
+    approx_index.warm_up()

@@ -6,7 +6,7 @@ With ``model`` and ``salt`` concatenated as UTF-8, and a block of ``4 * block_to
 
 Text counts four bytes to a token, zero padded at the end, so the little-endian token ids of a block *are* its bytes.
 The last, partial block is hashed too. xxh64 is Yann Collet's 64-bit hash (github.com/Cyan4973/xxHash, its
-specification), seed 0, compiled by Numba: 200 KB of prompt take about 0.05 ms.
+specification), seed 0, compiled by Numba: 400 KB of prompt take about 0.3 ms.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _avalanche(h):  # type: ignore[no-untyped-def]
     return h ^ (h >> np.uint64(32))
 
 
-@njit(cache=True)
+@njit  # not cached by itself: Numba must not load one kernel both alone and inside another
 def _xxh64(data, start, end):  # type: ignore[no-untyped-def]
     n = end - start
     at = start
@@ -97,9 +97,14 @@ def _chain(data, block_bytes, blocks, parent):  # type: ignore[no-untyped-def]
     return out
 
 
+@njit(cache=True)
+def _digest(data):  # type: ignore[no-untyped-def]
+    return _xxh64(data, 0, len(data))
+
+
 def xxh64(data: bytes) -> int:
     """xxHash64 of ``data``, seed 0."""
-    return int(_xxh64(np.frombuffer(data, dtype=np.uint8), 0, len(data)))
+    return int(_digest(np.frombuffer(data, dtype=np.uint8)))
 
 
 @lru_cache(maxsize=1024)
@@ -116,3 +121,14 @@ def block_hashes(prompt: bytes, root: str, block_tokens: int, max_blocks: int) -
     block_bytes = block_tokens * BYTES_PER_TOKEN
     blocks = min(-(-len(data) // block_bytes), max_blocks)
     return _chain(np.frombuffer(data, dtype=np.uint8), block_bytes, blocks, _root_hash(root))  # type: ignore[no-any-return]
+
+
+def continued(chain: Hashes, more: bytes, root: str, block_tokens: int, max_blocks: int) -> Hashes:
+    """``chain``, which hashes full blocks only, and then the full blocks of ``more``, the bytes that follow them.
+
+    At most ``max_blocks`` in all. A started block is left out: nobody knows yet how it will end.
+    """
+    block_bytes = block_tokens * BYTES_PER_TOKEN
+    blocks = max(0, min(len(more) // block_bytes, max_blocks - len(chain)))
+    parent = chain[-1] if len(chain) else _root_hash(root)
+    return np.concatenate((chain, _chain(np.frombuffer(more, dtype=np.uint8), block_bytes, blocks, parent)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from http.cookies import CookieError, SimpleCookie
 from typing import ClassVar
 
 from llmd_sched.plugin import Attribute, Identity
@@ -34,11 +33,9 @@ class SessionIdProducer(Identity, frozen=True):
         return (self._cookie(value) if self.cookie_name else value)[:MAX_ID_CHARACTERS]
 
     def _cookie(self, header: str) -> str:
-        try:
-            morsel = SimpleCookie(header).get(self.cookie_name)
-        except CookieError:
-            return ""
-        return morsel.value if morsel else ""
+        """Split by hand: the standard library's reader gives up at the first cookie it does not like."""
+        pairs = (pair.partition("=") for pair in header.split(";"))
+        return next((value.strip().strip('"') for name, _, value in pairs if name.strip() == self.cookie_name), "")
 
 
 class AgentIdentity(Identity, frozen=True):

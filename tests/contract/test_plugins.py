@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Callable
 from random import Random
 from typing import Any, get_args
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 import yaml
 
-from llmd_sched.catalog import TYPES, resolve
-from llmd_sched.catalog.table import DISCOVERY, IDLE, PRODUCERS
+from llmd_sched.catalog import TYPES, resolve, table
+from llmd_sched.catalog.table import PRODUCERS
 from llmd_sched.config import convert, load
 from llmd_sched.errors import ConfigError
 from llmd_sched.parsers.registry import PARSERS
 from llmd_sched.plugin import (
     DEFAULT_PRODUCER,
+    Admitter,
     Attribute,
     Filter,
     Parser,
@@ -25,39 +27,53 @@ from llmd_sched.plugin import (
     Plugin,
     Producer,
     ProducerPlugin,
+    Reporter,
     Scorer,
+    Stateful,
 )
-from llmd_sched.sched.deciders import DECIDERS
+from llmd_sched.sched.admitters import ADMITTERS
 from llmd_sched.sched.filters import FILTERS
-from llmd_sched.sched.handlers import HANDLERS
 from llmd_sched.sched.identities import IDENTITIES
 from llmd_sched.sched.pickers import PICKERS
+from llmd_sched.sched.reporters import REPORTERS
 from llmd_sched.sched.scorers import SCORERS
-from llmd_sched.types import Adapters, Candidates
+from llmd_sched.types import Adapters, Candidates, End, Outcome
 from tests.builders import CONFIG_HEAD, asking, candidates, decision, endpoints, full_candidates, prompt, streamed
 
 LEAST: dict[str, dict[str, Any]] = {
     "file-discovery": {"path": "endpoints.yaml"},
+    "dns-discovery": {"host": "engines", "port": 8000},
     "session-id-producer": {"headerName": "x-session-id"},
     "by-label": {"label": "llm-d.ai/role", "validValues": ["decode"]},
     "utilization-filter": {"conditions": [{"metric": "active-requests", "maxValue": 300.0}]},
+    "endpoint-attribute-scorer": {"attributeKey": "pressure", "algorithm": {"type": "linear_lower_is_better"}},
+    "endpoint-attribute-filter": {
+        "attribute": "pressure",
+        "algorithm": {"type": "threshold", "threshold": {"operator": "LessThan", "value": 2.0}},
+    },
+    "request-attribute-reporter": {"attributes": [{"key": {"name": "cost"}, "expression": "usage.total_tokens"}]},
+    "priority-holdback-policy": {"minCeiling": 0.5},
 }
 """Parameters of plugins that need some."""
 
 NEEDS_STAGES = {"disagg-profile-handler", "pd-profile-handler", "header-profile-handler"}
 """Handlers that run several profiles."""
 
-NEEDS_LABELS = {"by-label", "prefill-filter", "encode-filter"}
-"""Filters that drop endpoints without labels."""
-MAY_LEAVE_NOBODY = {*NEEDS_LABELS, "decode-filter", "utilization-filter"}
+NEEDS_TELLING = {"by-label", "prefill-filter", "encode-filter", "header-based-testing-filter"}
+"""Filters that drop endpoints which no label and no request header speaks for."""
+MAY_LEAVE_NOBODY = {*NEEDS_TELLING, "decode-filter", "utilization-filter", "endpoint-attribute-filter"}
 
-REQUEST = asking(prompt(3), ttft_slo_ms=500.0)
+LISTS_MATTER = {"no-hit-lru-scorer"}
+"""Scorers that tell endpoints alike apart by their place in the list."""
+
+TOLD = {"x-session-token": b64encode(b"default/e1").decode(), "test-epp-endpoint-selection": "10.0.0.2, 10.0.0.4:8000"}
+REQUEST = asking(prompt(3), ttft_slo_ms=500.0, headers=TOLD)
 ROLES = ("decode", "prefill", "encode", "both", "unheard-of")
 RANGES = ("0-100", "100-1000", "0-8192", "many")
 SIZES = (1, 2, 7, 200)
 
 every_type = pytest.mark.parametrize("name", TYPES)
-every_scorer = pytest.mark.parametrize("name", SCORERS)
+every_scorer = pytest.mark.parametrize("name", [n for n, kind in TYPES.items() if issubclass(kind, Scorer)])
 every_filter = pytest.mark.parametrize("name", [n for n, kind in TYPES.items() if issubclass(kind, Filter)])
 every_picker = pytest.mark.parametrize("name", PICKERS)
 every_size = pytest.mark.parametrize("size", SIZES)
@@ -67,6 +83,16 @@ def made(name: str, **parameters: object) -> Plugin:
     plugin = convert({**LEAST.get(name, {}), **parameters}, TYPES[name])
     plugin.check()
     return plugin
+
+
+def alive(name: str) -> Any:
+    """What filters or scores: the plugin, or what it opens."""
+    plugin = made(name)
+    if not isinstance(plugin, Stateful):
+        return plugin
+    live = plugin.open("mine")
+    live.endpoints_changed(endpoints(max(SIZES) + 3))
+    return live
 
 
 def views(size: int) -> list[Candidates]:
@@ -86,14 +112,16 @@ def views(size: int) -> list[Candidates]:
 
 
 def told_apart(view: Candidates) -> Candidates:
-    """The same with labels and adapters, a different mixture each."""
+    """The same with labels, adapters and a custom metric, a different mixture each."""
     made = []
     for i, one in enumerate(view.endpoints):
         labels = {"llm-d.ai/role": ROLES[i % 5], "llm-d.ai/context-length-range": RANGES[i % 4]}
         made.append(msgspec.structs.replace(one, labels=dict(list(labels.items())[i % 3 :])))
     names = [frozenset({"m"}), frozenset({"poet", "coder"}), frozenset()]
     adapters = [Adapters(names[i % 3], names[i // 3 % 3], i % 4) for i in range(len(made))]
-    return Candidates(made, view.columns, view.index, adapters)
+    pressure = np.array([np.nan if i % 3 == 2 else i % 4 for i in range(len(made))], dtype=np.float64)
+    columns = {**view.columns, "pressure/core-metrics-extractor": pressure}
+    return Candidates(made, columns, view.index, adapters)
 
 
 def shuffled(view: Candidates, order: np.ndarray) -> Candidates:
@@ -106,7 +134,7 @@ def unchanged(view: Candidates, act: Callable[[], object]) -> None:
     index = view.index.copy()
     act()
     assert before.keys() == view.columns.keys()
-    assert all(np.array_equal(before[name], view.columns[name]) for name in before)
+    assert all(np.array_equal(before[name], view.columns[name], equal_nan=True) for name in before)
     assert np.array_equal(index, view.index)
 
 
@@ -175,7 +203,7 @@ def test_needs_name_their_producers(name: str) -> None:
 @every_type
 def test_a_need_follows_the_name_that_is_configured(name: str) -> None:
     unsupported = {"encoderCacheMatchInfoProducerName"}
-    fields = {f for f in TYPES[name].__struct_encode_fields__ if f.endswith("ProducerName")} - unsupported
+    fields = {f for f in TYPES[name].__struct_encode_fields__ if f.lower().endswith("producername")} - unsupported
     extra = {"ttftSource": "latencyPredictor"} if "ttftSource" in TYPES[name].__struct_encode_fields__ else {}
     plugins = [made(name, **dict.fromkeys(fields, "mine")), made(name, **dict.fromkeys(fields, "mine"), **extra)]
     for plugin in plugins:
@@ -184,11 +212,17 @@ def test_a_need_follows_the_name_that_is_configured(name: str) -> None:
         assert any("mine" in [r.producer for r in made(name, **{field: "mine"}, **e).reads()] for e in ({}, extra))
 
 
+def is_family(rows: dict[Any, Any]) -> bool:
+    return all(isinstance(kind, type) and issubclass(kind, Plugin) for kind in rows.values())
+
+
 def test_the_table_is_the_sum_of_the_families() -> None:
-    families = (PARSERS, PRODUCERS, FILTERS, SCORERS, PICKERS, HANDLERS, DECIDERS, IDENTITIES, DISCOVERY, IDLE)
+    families = [f for f in vars(table).values() if isinstance(f, dict) and f is not TYPES and is_family(f)]
+    assert len(families) >= 18
     assert len(TYPES) == sum(map(len, families))
+    assert all(TYPES[name] is kind for family in families for name, kind in family.items())
     bases = (Parser, ProducerPlugin, Filter, Scorer, Picker)
-    for family, base in zip(families, bases, strict=False):
+    for family, base in zip((PARSERS, PRODUCERS, FILTERS, SCORERS, PICKERS), bases, strict=True):
         assert all(issubclass(kind, base) for kind in family.values())
 
 
@@ -205,8 +239,7 @@ def test_a_type_resolves_alone(name: str) -> None:
 @every_scorer
 @every_size
 def test_a_scorer_gives_one_finite_score_to_each(name: str, size: int) -> None:
-    scorer = made(name)
-    assert isinstance(scorer, Scorer)
+    scorer = alive(name)
     for view in views(size):
         scores = scorer.score(REQUEST, view)
         assert (scores.shape, scores.dtype) == ((size,), np.float64)
@@ -215,18 +248,16 @@ def test_a_scorer_gives_one_finite_score_to_each(name: str, size: int) -> None:
 
 @every_scorer
 def test_a_scorer_is_pure(name: str) -> None:
-    scorer = made(name)
-    assert isinstance(scorer, Scorer)
+    scorer = alive(name)
     for view in views(7):
         first = scorer.score(REQUEST, view).copy()
         unchanged(view, lambda view=view: scorer.score(REQUEST, view))
         assert np.array_equal(first, scorer.score(REQUEST, view))
 
 
-@every_scorer
+@pytest.mark.parametrize("name", [n for n, kind in TYPES.items() if issubclass(kind, Scorer) and n not in LISTS_MATTER])
 def test_a_scorer_does_not_care_for_the_order_of_candidates(name: str) -> None:
-    scorer = made(name)
-    assert isinstance(scorer, Scorer)
+    scorer = alive(name)
     for view in (v.compact() for v in views(9)):
         order = np.array(Random(2).sample(range(9), 9))
         assert scorer.score(REQUEST, shuffled(view, order)) == pytest.approx(scorer.score(REQUEST, view)[order])
@@ -234,8 +265,7 @@ def test_a_scorer_does_not_care_for_the_order_of_candidates(name: str) -> None:
 
 @every_scorer
 def test_a_scorer_sees_a_view_as_a_set_of_its_own(name: str) -> None:
-    scorer = made(name)
-    assert isinstance(scorer, Scorer)
+    scorer = alive(name)
     view = views(7)[-1]
     assert scorer.score(REQUEST, view) == pytest.approx(scorer.score(REQUEST, view.compact()))
 
@@ -243,8 +273,7 @@ def test_a_scorer_sees_a_view_as_a_set_of_its_own(name: str) -> None:
 @every_filter
 @every_size
 def test_a_filter_gives_one_mark_to_each_and_drops_all_only_if_that_is_what_it_is_for(name: str, size: int) -> None:
-    one = made(name)
-    assert isinstance(one, Filter)
+    one = alive(name)
     for view in views(size):
         for seed in range(5):
             kept = one.keep(REQUEST, view, Random(seed))
@@ -254,8 +283,7 @@ def test_a_filter_gives_one_mark_to_each_and_drops_all_only_if_that_is_what_it_i
 
 @every_filter
 def test_a_filter_is_pure(name: str) -> None:
-    one = made(name)
-    assert isinstance(one, Filter)
+    one = alive(name)
     for view in views(7):
         first = one.keep(REQUEST, view, Random(3)).copy()
         unchanged(view, lambda view=view: one.keep(REQUEST, view, Random(3)))
@@ -264,8 +292,7 @@ def test_a_filter_is_pure(name: str) -> None:
 
 @every_filter
 def test_a_filter_does_not_care_for_the_order_of_candidates(name: str) -> None:
-    one = made(name)
-    assert isinstance(one, Filter)
+    one = alive(name)
     for view in (v.compact() for v in views(9)):
         order = np.array(Random(2).sample(range(9), 9))
         assert np.array_equal(
@@ -275,18 +302,40 @@ def test_a_filter_does_not_care_for_the_order_of_candidates(name: str) -> None:
 
 @every_filter
 def test_a_filter_sees_a_view_as_a_set_of_its_own(name: str) -> None:
-    one = made(name)
-    assert isinstance(one, Filter)
+    one = alive(name)
     view = views(7)[-1]
     assert np.array_equal(one.keep(REQUEST, view, Random(1)), one.keep(REQUEST, view.compact(), Random(1)))
 
 
 @every_filter
 def test_a_filter_keeps_everybody_when_nothing_was_produced(name: str) -> None:
-    one = made(name)
-    assert isinstance(one, Filter)
-    kept = one.keep(REQUEST, candidates(5), Random(0))
-    assert not kept.any() if name in NEEDS_LABELS else kept.all()
+    one = alive(name)
+    kept = one.keep(asking(prompt(3)), candidates(5), Random(0))
+    assert not kept.any() if name in NEEDS_TELLING else kept.all()
+
+
+@pytest.mark.parametrize("name", ADMITTERS)
+@every_size
+def test_an_admitter_says_why_it_refuses_and_refuses_nobody_who_may_not_be_shed(name: str, size: int) -> None:
+    admitter = made(name)
+    assert isinstance(admitter, Admitter)
+    shed = asking(prompt(3), ttft_slo_ms=500.0, priority=-1)
+    for view in views(size):
+        said = admitter.refusal(shed, view, Random(0))
+        unchanged(view, lambda view=view: admitter.refusal(shed, view, Random(0)))
+        assert isinstance(said, str)
+        assert said == admitter.refusal(shed, view, Random(0))
+        assert admitter.refusal(REQUEST, view, Random(0)) == ""
+
+
+@pytest.mark.parametrize("name", REPORTERS)
+def test_a_reporter_tells_one_whole_number_or_nothing(name: str) -> None:
+    reporter = made(name)
+    assert isinstance(reporter, Reporter)
+    told = reporter.report(streamed(prompt_tokens=7, cached_tokens=3))
+    assert told is not None
+    assert [type(part) for part in told] == [str, str, int]
+    assert reporter.report(Outcome(end=End.ABORTED)) is None
 
 
 @every_picker

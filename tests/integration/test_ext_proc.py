@@ -25,6 +25,7 @@ from prometheus_client import CollectorRegistry
 from llmd_sched import config as configs
 from llmd_sched.app import Scheduler, ServeSettings
 from llmd_sched.catalog import build_parsers, build_router, resolve
+from llmd_sched.extproc.observer import Observer
 from llmd_sched.extproc.server import ACCESS_LOG, EXT_PROC, ExtProcServer, ServerSettings
 from llmd_sched.extproc.service import EndpointPicker
 from llmd_sched.pool.pool import Load, Pool
@@ -73,7 +74,7 @@ class Served:
             self.pool.record(pod, Load(waiting=waiting, running=0.0, kv_usage=kv_usage), time.monotonic())
         self.router = build_router(resolved, self.pool, Random(1))
         self.registry = CollectorRegistry()
-        picker = EndpointPicker(self.router, build_parsers(resolved), Telemetry(self.registry))
+        picker = EndpointPicker(self.router, build_parsers(resolved), Observer(Telemetry(self.registry)))
         self.server = ExtProcServer(picker, settings)
         self.channel: aio.Channel
 
@@ -320,7 +321,7 @@ async def test_a_request_without_a_model_is_refused(mode: str) -> None:
 
 @pytest.mark.parametrize("name", ["x_llm_d_model_name_rewrite", "x_gateway_model_name_rewrite"])
 async def test_a_body_split_over_chunks_is_put_together_and_its_model_rewritten(name: str) -> None:
-    wanted = b'{"model":"sql-lora-1fdg2","prompt":"hello","max_tokens":5}'
+    wanted = RAW.replace(b'"m"', b'"sql-lora-1fdg2"')
     async with serving([(4, 0.2), (4, 0.2)]) as served:
         stream = served.stream()
         await stream.send(headers(**{name: "sql-lora-1fdg2"}), body(RAW[:11], end=False), body(RAW[11:]))
@@ -331,7 +332,7 @@ async def test_a_body_split_over_chunks_is_put_together_and_its_model_rewritten(
 
 
 async def test_the_lean_path_sends_a_rewritten_body_with_its_length() -> None:
-    wanted = b'{"model":"longer-than-before","prompt":"hello","max_tokens":5}'
+    wanted = RAW.replace(b'"m"', b'"longer-than-before"')
     async with serving() as served:
         replies = await exchange(served, *asked(LEAN, x_llm_d_model_name_rewrite="longer-than-before"))
         assert replies[-1].request_body.response.body_mutation.body == wanted

@@ -13,12 +13,18 @@ from hypothesis import strategies as st
 from llmd_sched.errors import BadRequest
 from llmd_sched.extproc.reply import TAIL_BYTES, ReplyReader, read_outcome
 from llmd_sched.parsers.anthropic import BILLING_MARK, AnthropicParser
-from llmd_sched.parsers.openai import IMAGE_TOKENS, MAX_IMAGES, OpenAIParser, usage_in_tail, with_model
+from llmd_sched.parsers.openai import OpenAIParser
 from llmd_sched.parsers.passthrough import PassthroughParser
+from llmd_sched.parsers.prompt import MAX_MEDIA_TOKENS
 from llmd_sched.parsers.registry import PARSERS, ParserRegistry
+from llmd_sched.parsers.rewrite import with_model
+from llmd_sched.parsers.usage import usage_in_tail
 from llmd_sched.plugin import Parsed
 from llmd_sched.types import End, Outcome
 from tests.builders import fuzzed
+
+IMAGE_TOKENS = 225
+"""An image of unknown size: 640 x 360 pixels at 1024 pixels per token."""
 
 PATH, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -165,8 +171,12 @@ def test_the_same_image_is_the_same_bytes_as_in_an_openai_body() -> None:
 
 
 def test_images_beyond_the_limit_add_nothing_wherever_they_are() -> None:
-    messages = [user(*[IMAGE] * 100), user({"type": "tool_result", "content": [IMAGE] * 100}), user(*[IMAGE] * 100)]
-    assert prompt_of(*messages).count(picture("http://a/1.png")) == MAX_IMAGES
+    fit, *_ = divmod(MAX_MEDIA_TOKENS, IMAGE_TOKENS)
+    messages = [user(*[IMAGE] * 200), user({"type": "tool_result", "content": [IMAGE] * 200}), user(*[IMAGE] * 300)]
+    parsed = parse({"messages": messages})
+    assert parsed.prompts[0].count(picture("http://a/1.png")) == fit
+    assert parsed.prompts[0].count(picture("http://a/1.png")[:4]) == MAX_MEDIA_TOKENS
+    assert parsed.media == 700
 
 
 @pytest.mark.parametrize(
@@ -234,7 +244,7 @@ def test_a_body_nested_without_end_is_refused(opening: bytes) -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"messages": HELLO}, {"messages": 3, "stream": True, "max_tokens": 7}])
 def test_counting_tokens_runs_nothing_so_it_has_a_model_and_no_prompt(fields: dict[str, object]) -> None:
-    assert parse({"model": "m", **fields}, COUNT) == Parsed(model="m")
+    assert parse({"model": "m", **fields}, COUNT) == Parsed(model="m", skip_reply=True)
 
 
 @pytest.mark.parametrize(

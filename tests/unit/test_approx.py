@@ -1,161 +1,183 @@
-"""The approximate prefix index: contiguous matches, bounded, tails go first."""
+"""The approximate prefix index: contiguous matches, bounded, tails go first, replies are learnt."""
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
+from collections.abc import Sequence
+from random import Random
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from llmd_sched.prefix.approx import MIN_BLOCK_TOKENS, ApproxPrefixCache, ApproxPrefixCacheProducer, PrefixIndex
-from llmd_sched.types import Candidates, Endpoint, Request
+from llmd_sched.parsers.anthropic import AnthropicParser
+from llmd_sched.parsers.openai import OpenAIParser
+from llmd_sched.plugin import Parser
+from llmd_sched.prefix import approx, approx_index, hashing
+from llmd_sched.prefix.approx import MIN_BLOCK_TOKENS, ApproxPrefixCache, ApproxPrefixCacheProducer
+from llmd_sched.prefix.approx_index import Chains, HeldBlocks, chains
+from llmd_sched.types import Candidates, End, Endpoint, Outcome, Request
 from tests.builders import PREFIX, asking, candidates, decision, endpoint, endpoints, prompt, request
 
 
-def match(index: PrefixIndex, hashes: list[int], endpoints: list[int]) -> list[int]:
-    """Leading blocks each endpoint holds."""
-    found = index.match(hashes, sum(1 << e for e in endpoints))
-    assert all(found.values())
-    return [found.get(e, 0) for e in endpoints]
+def of(*prompts: Sequence[int]) -> Chains:
+    return chains([np.array(one, np.uint64) for one in prompts])
+
+
+def holding(capacity: int, *prompts: Sequence[int]) -> HeldBlocks:
+    """An endpoint that got these prompts, one after another."""
+    held = HeldBlocks()
+    for one in prompts:
+        held.insert(of(one), capacity)
+    return held
 
 
 @pytest.mark.parametrize(
     ("held", "asked", "length"),
     [
         ([1, 2, 3], [1, 2, 3], 3),
-        ([1, 2, 3], [1, 2, 9, 3], 2),
+        ([1, 2, 3], [1, 2, 9, 10], 2),
         ([2, 3], [1, 2, 3], 0),  # without its head a prefix is worth nothing
-        ([1, 3], [1, 2, 3], 1),
         ([1, 2, 3], [1], 1),
+        ([1, 2, 3], [1, 2, 3, 4, 5, 6, 7], 3),
+        ([0], [0], 1),  # a hash like any other
+        ([1], [0], 0),
         ([1], [], 0),
         ([], [1], 0),
     ],
 )
 def test_a_match_is_the_contiguous_run_from_the_head(held: list[int], asked: list[int], length: int) -> None:
-    index = PrefixIndex()
-    index.insert(held, 0, 100)
-    assert match(index, asked, [0]) == [length]
+    assert holding(100, held).match(of(asked)) == length
 
 
-def test_each_endpoint_has_its_own_run() -> None:
-    index = PrefixIndex()
-    index.insert([1, 2, 3], 0, 9)
-    index.insert([1], 5, 9)
-    index.insert([2, 3], 70, 9)
-    assert match(index, [1, 2, 3], [5, 70, 0, 6]) == [1, 0, 3, 0]
-    assert match(index, [1, 2, 3], []) == []
+def test_runs_of_several_prompts_are_added_up() -> None:
+    held = HeldBlocks()
+    held.insert(of([1, 2], [], [7]), 9)
+    assert held.match(of([1, 2, 3], [7], [8], [])) == 3
+    assert held.match(of()) == 0
 
 
 def test_a_full_endpoint_loses_the_tail_of_its_oldest_prompt_first() -> None:
-    index = PrefixIndex()
-    index.insert([1, 2, 3], 0, 5)
-    index.insert([7, 8, 9], 0, 5)
-    assert match(index, [1, 2, 3], [0]) == [2]
-    assert match(index, [7, 8, 9], [0]) == [3]
+    held = holding(5, [1, 2, 3], [7, 8, 9])
+    assert [held.match(of(one)) for one in ([1, 2, 3], [7, 8, 9])] == [2, 3]
 
 
 def test_a_prompt_longer_than_the_cache_keeps_its_head() -> None:
-    index = PrefixIndex()
-    index.insert([1, 2, 3, 4], 0, 2)
-    assert match(index, [1, 2, 3, 4], [0]) == [2]
-    assert index.size(0) == 2
+    held = holding(2, [1, 2, 3, 4])
+    assert (held.match(of([1, 2, 3, 4])), len(held)) == (2, 2)
 
 
 def test_a_hit_refreshes_what_it_hit() -> None:
-    index = PrefixIndex()
-    index.insert([1, 2], 0, 4)
-    index.insert([7, 8], 0, 4)
-    index.insert([1, 2], 0, 4)
-    index.insert([5, 6], 0, 4)
-    assert match(index, [1, 2], [0]) == [2]
-    assert match(index, [7, 8], [0]) == [0]
+    held = holding(4, [1, 2], [7, 8], [1, 2], [5, 6])
+    assert [held.match(of(one)) for one in ([1, 2], [7, 8])] == [2, 0]
 
 
 def test_a_lookup_alone_refreshes_nothing() -> None:
-    index = PrefixIndex()
-    index.insert([1, 2], 0, 4)
-    index.insert([7, 8], 0, 4)
-    match(index, [1, 2], [0])
-    index.insert([5, 6], 0, 4)
-    assert match(index, [1, 2], [0]) == [0]
+    held = holding(4, [1, 2], [7, 8])
+    held.match(of([1, 2]))
+    held.insert(of([5, 6]), 4)
+    assert held.match(of([1, 2])) == 0
 
 
 def test_a_shared_head_survives_longest() -> None:
-    index = PrefixIndex()
-    for tail in range(100, 120):
-        index.insert([1, 2, tail], 0, 6)
-    assert match(index, [1, 2, 119], [0]) == [3]
-    assert match(index, [1, 2, 100], [0]) == [2]
+    held = holding(6, *([1, 2, tail] for tail in range(100, 120)))
+    assert [held.match(of([1, 2, tail])) for tail in (119, 100)] == [3, 2]
 
 
-def test_forgetting_an_endpoint_leaves_the_others_alone() -> None:
-    index = PrefixIndex()
-    index.insert([1, 2], 0, 9)
-    index.insert([1], 1, 9)
-    index.forget(0)
-    index.forget(0)
-    assert match(index, [1, 2], [0, 1]) == [0, 1]
-    assert (len(index), index.size(0)) == (1, 0)
+def test_a_cache_that_got_smaller_loses_its_oldest_and_one_that_grew_loses_nothing() -> None:
+    held = holding(6, [1, 2, 3], [7, 8, 9])
+    held.insert(of([5]), 4)
+    assert (len(held), [held.match(of(one)) for one in ([1, 2, 3], [7, 8, 9])]) == (4, [0, 3])
+    held.insert(of([6]), 9)
+    assert (len(held), held.match(of([7, 8, 9]))) == (5, 3)
 
 
-class IndexAgainstModel(RuleBasedStateMachine):
-    """The index and a plain model of it: per endpoint an ordered dict, oldest first."""
+def test_memory_follows_what_is_held_and_not_what_might_be() -> None:
+    held = holding(1_000_000, list(range(100)))
+    assert sum(getattr(held, name).nbytes for name in ("_slots", "_hashes", "_older", "_newer")) <= 48 * 100
+
+
+class HeldAgainstModel(RuleBasedStateMachine):
+    """What is held and a plain model of it: an ordered dict, oldest first.
+
+    A prompt is a path through a binary tree, so many share their heads, as prompts do.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.index = PrefixIndex()
-        self.model: dict[int, OrderedDict[int, None]] = {}
-        self.capacity = {e: 3 + e for e in range(4)}
+        self.held = HeldBlocks()
+        self.model: OrderedDict[int, None] = OrderedDict()
+        self.capacity = 0
+        self.shift = 0
 
-    @staticmethod
-    def chain(family: int, length: int) -> list[int]:
-        """Chains of one family share their heads, as prompts do."""
-        return [100 * family + i for i in range(length)]
+    @initialize(shift=st.sampled_from([0, 40, 54]))
+    def hash_well_or_badly(self, shift: int) -> None:
+        self.shift = shift  # shifted far, all land in the same slot
 
-    @rule(endpoint=st.integers(0, 3), family=st.integers(0, 3), length=st.integers(0, 7))
-    def insert(self, endpoint: int, family: int, length: int) -> None:
-        hashes = self.chain(family, length)
-        self.index.insert(hashes, endpoint, self.capacity[endpoint])
-        held = self.model.setdefault(endpoint, OrderedDict())
-        for h in reversed(hashes[: self.capacity[endpoint]]):
-            held[h] = None
-            held.move_to_end(h)
-        while len(held) > self.capacity[endpoint]:
-            held.popitem(last=False)
+    def chain(self, path: list[bool]) -> list[int]:
+        node, hashes = 1, []
+        for right in path:
+            node = 2 * node + right
+            hashes.append((node << self.shift) % (1 << 64))
+        return hashes
 
-    @rule(endpoint=st.integers(0, 3))
-    def forget(self, endpoint: int) -> None:
-        self.index.forget(endpoint)
-        self.model.pop(endpoint, None)
+    @rule(paths=st.lists(st.lists(st.booleans(), max_size=7), max_size=3), capacity=st.integers(1, 40))
+    def insert(self, paths: list[list[bool]], capacity: int) -> None:
+        self.held.insert(of(*map(self.chain, paths)), capacity)
+        self.capacity = capacity
+        for path in paths:
+            for h in reversed(self.chain(path)[:capacity]):
+                self.model[h] = None
+                self.model.move_to_end(h)
+        while len(self.model) > capacity:
+            self.model.popitem(last=False)
 
-    @rule(family=st.integers(0, 3), length=st.integers(0, 8))
-    def match(self, family: int, length: int) -> None:
-        hashes = self.chain(family, length)
-        expected = []
-        for e in range(4):
-            held = self.model.get(e, {})
-            expected.append(next((i for i, h in enumerate(hashes) if h not in held), len(hashes)))
-        assert match(self.index, hashes, [0, 1, 2, 3]) == expected
+    @rule(paths=st.lists(st.lists(st.booleans(), max_size=9), max_size=3))
+    def match(self, paths: list[list[bool]]) -> None:
+        asked = [*map(self.chain, paths)]
+        runs = [next((i for i, h in enumerate(hashes) if h not in self.model), len(hashes)) for hashes in asked]
+        assert self.held.match(of(*asked)) == sum(runs)
 
     @invariant()
-    def is_bounded_and_holds_nothing_else(self) -> None:
-        for e, capacity in self.capacity.items():
-            assert self.index.size(e) == len(self.model.get(e, ())) <= capacity
-        assert len(self.index) == len(set().union(*self.model.values())) if self.model else len(self.index) == 0
+    def as_much_is_held(self) -> None:
+        assert len(self.held) == len(self.model) <= self.capacity
 
 
-IndexAgainstModel.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, derandomize=True, database=None
+HeldAgainstModel.TestCase.settings = settings(
+    max_examples=80, stateful_step_count=40, deadline=None, derandomize=True, database=None
 )
-test_the_index_behaves_like_its_model = IndexAgainstModel.TestCase
+test_what_is_held_behaves_like_its_model = HeldAgainstModel.TestCase
+
+
+def test_a_large_cache_agrees_with_its_model_while_it_grows_and_then_evicts() -> None:
+    random, held, model = Random(1), HeldBlocks(), OrderedDict[int, None]()
+    trunks = [[random.getrandbits(64) for _ in range(60)] for _ in range(12)]
+    prompts = []
+    for _ in range(400):
+        trunk = random.choice(trunks)
+        prompts.append(trunk[: random.randint(0, 60)] + [random.getrandbits(64) for _ in range(random.randint(1, 30))])
+        held.insert(of(prompts[-1]), 1500)
+        for h in reversed(prompts[-1]):
+            model[h] = None
+            model.move_to_end(h)
+        while len(model) > 1500:
+            model.popitem(last=False)
+    assert len(held) == 1500
+    for one in prompts:
+        assert held.match(of(one)) == next((i for i, h in enumerate(one) if h not in model), len(one))
 
 
 def opened(members: list[Endpoint], **parameters: object) -> ApproxPrefixCache:
     live = ApproxPrefixCacheProducer(**parameters).open(PREFIX)
     live.endpoints_changed(members)
     return live
+
+
+def blocks_held(live: ApproxPrefixCache) -> int:
+    return sum(map(len, live.held.values()))
 
 
 def produced(live: ApproxPrefixCache, asked: Request, view: Candidates) -> dict[str, list[float]]:
@@ -183,7 +205,7 @@ def test_a_choice_for_another_request_than_the_one_looked_up_holds_nothing() -> 
     live.produce(asking(prompt(4)), view, 0.0)
     other = asking(prompt(4))
     live.chosen(decision("t", other, view.endpoints[0]), view, 0, 0.0)
-    assert len(live.index) == 0
+    assert blocks_held(live) == 0
 
 
 def test_what_was_only_looked_up_is_not_held() -> None:
@@ -273,34 +295,53 @@ def test_an_engines_blocks_are_converted_to_ours(
     asked = asking(prompt(20))
     send(live, asked, view, 0)
     assert produced(live, asked, view)["prefix_match_blocks"] == [held]
-    assert live.index.size(0) == held
+    assert blocks_held(live) == held
 
 
-def test_a_removed_endpoint_gives_back_its_blocks_and_its_number() -> None:
+def test_a_removed_endpoint_gives_back_its_blocks_and_a_new_one_starts_empty() -> None:
     members = endpoints(3)
     live, view = opened(members), candidates(3)
     for position in range(3):
         send(live, asking(prompt(2)), view, position)
     live.endpoints_changed([members[0], members[2]])
-    assert live.index.size(1) == 0
+    assert blocks_held(live) == 4
     newcomer = endpoint(7)
     live.endpoints_changed([members[0], members[2], newcomer])
     view = Candidates([members[0], members[2], newcomer], candidates(3).columns)
     assert produced(live, asking(prompt(2)), view)["prefix_match_blocks"] == [2.0, 2.0, 0.0]
 
 
-def test_numbers_stay_few_and_unique_while_endpoints_come_and_go() -> None:
+def test_only_members_hold_anything_while_endpoints_come_and_go() -> None:
     live = opened([])
     everyone = endpoints(6)
     for round_ in range(60):
         members = [e for i, e in enumerate(everyone) if (round_ * 7 + i * i) % 5 > 1]
         live.endpoints_changed(members)
-        for position, one in enumerate(members):
+        for position, _ in enumerate(members):
             view = Candidates(members, candidates(len(members)).columns)
-            send(live, asking(prompt(1, seed=hash(one.name) % 99)), view, position)
-        assert all(live.index.size(number) == 0 for number in range(6, 30))
+            send(live, asking(prompt(1, seed=round_ + position)), view, position)
+        assert set(live.held) == {e.server for e in members}
     live.endpoints_changed([])
-    assert len(live.index) == 0
+    assert blocks_held(live) == 0
+
+
+def test_a_subset_of_the_pool_is_matched_in_its_own_order() -> None:
+    members = endpoints(4)
+    live, view = opened(members), candidates(4)
+    send(live, asking(prompt(3)), view, 2)
+    some = Candidates([members[3], members[2]], candidates(2).columns)
+    assert produced(live, asking(prompt(3)), some)["prefix_match_blocks"] == [0.0, 3.0]
+    send(live, asking(prompt(3)), some, 0)
+    assert produced(live, asking(prompt(3)), view)["prefix_match_blocks"] == [0.0, 0.0, 3.0, 3.0]
+
+
+def test_a_request_looked_up_again_sees_what_has_come_since() -> None:
+    live, view = opened(endpoints(2)), candidates(2)
+    waiting = asking(prompt(3))
+    assert produced(live, waiting, view)["prefix_match_blocks"] == [0.0, 0.0]
+    send(live, asking(prompt(3)), view, 1)
+    assert produced(live, waiting, view)["prefix_match_blocks"] == [0.0, 3.0]
+    assert produced(live, waiting, candidates(block_tokens=[128, 128]))["prefix_total_blocks"] == [2.0, 2.0]
 
 
 def test_an_endpoint_that_moved_to_another_address_starts_empty() -> None:
@@ -327,3 +368,135 @@ def test_parameters_are_checked(parameters: dict[str, object], message: str) -> 
     with pytest.raises(ValueError, match=message):
         ApproxPrefixCacheProducer(**parameters).check()
     ApproxPrefixCacheProducer(block_size_tokens=0).check()
+
+
+# ------------------------------------------------------------------------------------------------------------ replies
+
+
+def turn(parser: Parser, path: str, *said: str) -> Request:
+    """A chat of alternating user and assistant messages."""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    body = json.dumps({"model": "m", "max_tokens": 9, "messages": messages}).encode()
+    return asking(parser.parse(path, body).prompts[0])
+
+
+def open_turn(live: ApproxPrefixCache, asked: Request, view: Candidates, position: int = 0, ticket: str = "t") -> None:
+    live.produce(asked, view, 0.0)
+    live.chosen(decision(ticket, asked, view.endpoints[position]), view, position, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("parser", "path"), [(OpenAIParser(), "/v1/chat/completions"), (AnthropicParser(), "/v1/messages")]
+)
+@pytest.mark.parametrize("first", [5, 251, 252, 253, 256, 3000])
+@pytest.mark.parametrize("reply", [0, 1, 250, 256, 1000])
+def test_the_next_turn_of_a_chat_finds_the_reply_too(parser: Parser, path: str, first: int, reply: int) -> None:
+    live, view = opened(endpoints(2)), candidates(2)
+    question, answer = "q" * first, "a" * reply
+    asked = turn(parser, path, question)
+    open_turn(live, asked, view, 1)
+    live.learn_reply("t", b"assistant" + answer.encode())
+    following = turn(parser, path, question, answer, "And then? " * 60)
+    assert following.prompts[0].startswith(asked.prompts[0] + b"assistant" + answer.encode())
+    full = (len(asked.prompts[0]) + 9 + reply) // 256
+    assert produced(live, following, view)["prefix_match_blocks"] == [0.0, full]
+
+
+def test_without_the_reply_the_next_turn_finds_the_prompt_alone() -> None:
+    live, view = opened(endpoints(1)), candidates(1)
+    open_turn(live, asking(prompt(2)), view)
+    assert produced(live, asking(prompt(2) + prompt(3, 1)), view)["prefix_match_blocks"] == [2.0]
+
+
+def test_a_reply_is_held_by_the_endpoint_that_gave_it_under_its_model_and_salt() -> None:
+    live, view = opened(endpoints(2)), candidates(2)
+    open_turn(live, asking(prompt(1), cache_salt="s"), view, 0, "a")
+    open_turn(live, asking(prompt(1)), view, 1, "b")
+    live.learn_reply("a", prompt(1, 1))
+    live.learn_reply("b", prompt(1, 2))
+    for seed, salt, match in [(1, "s", [2.0, 0.0]), (1, "", [0.0, 1.0]), (2, "", [0.0, 2.0]), (2, "s", [1.0, 0.0])]:
+        asked = asking(prompt(1) + prompt(1, seed), cache_salt=salt)
+        assert produced(live, asked, view)["prefix_match_blocks"] == match
+
+
+def test_a_reply_is_learnt_within_the_cap_and_the_capacity() -> None:
+    live = opened(endpoints(1), max_prefix_tokens_to_match=192, lru_capacity_per_server=16)
+    open_turn(live, asking(prompt(1)), candidates(1))
+    live.learn_reply("t", prompt(9, 1))
+    assert blocks_held(live) == 3
+    open_turn(live, asking(prompt(3, 2)), candidates(1), ticket="long")
+    live.learn_reply("long", prompt(9, 1))
+    assert blocks_held(live) == 4
+    assert produced(live, asking(prompt(3, 2)), candidates(1))["prefix_match_blocks"] == [3.0]
+
+
+def test_a_reply_refreshes_its_prompt() -> None:
+    live, view = opened(endpoints(1), lru_capacity_per_server=16), candidates(1)
+    open_turn(live, asking(prompt(2)), view)
+    open_turn(live, asking(prompt(2, 1)), view, ticket="other")
+    live.learn_reply("t", prompt(1, 2))
+    assert produced(live, asking(prompt(2) + prompt(1, 2)), view)["prefix_match_blocks"] == [3.0]
+    assert produced(live, asking(prompt(2, 1)), view)["prefix_match_blocks"] == [1.0]
+
+
+@pytest.mark.parametrize("asked", [request(prompts=(prompt(1), prompt(1, 1))), request()])
+def test_a_reply_to_several_prompts_or_none_is_not_learnt(asked: Request) -> None:
+    live, view = opened(endpoints(1)), candidates(1)
+    open_turn(live, asked, view)
+    before = blocks_held(live)
+    live.learn_reply("t", prompt(3, 2))
+    assert blocks_held(live) == before
+
+
+def test_a_reply_after_the_end_or_of_an_unknown_or_a_learnt_request_teaches_nothing() -> None:
+    live, view = opened(endpoints(1)), candidates(1)
+    open_turn(live, asking(prompt(1)), view)
+    live.learn_reply("t", b"")
+    live.learn_reply("t", prompt(1, 1))
+    open_turn(live, asking(prompt(1)), view, ticket="over")
+    live.finished("over", Outcome(end=End.FINISHED), 0.0)
+    live.learn_reply("over", prompt(1, 1))
+    live.learn_reply("never", prompt(1, 1))
+    assert blocks_held(live) == 1
+
+
+def test_a_reply_of_an_endpoint_that_left_is_nobodys() -> None:
+    members = endpoints(2)
+    live = opened(members)
+    open_turn(live, asking(prompt(1)), candidates(2))
+    live.endpoints_changed([members[1], endpoint(7)])
+    live.learn_reply("t", prompt(1, 1))
+    assert blocks_held(live) == 0
+
+
+def test_few_open_requests_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(approx, "MAX_OPEN", 2)
+    live, view = opened(endpoints(1)), candidates(1)
+    for ticket in "abc":
+        open_turn(live, asking(prompt(1)), view, ticket=ticket)
+    live.learn_reply("a", prompt(1, 1))
+    assert blocks_held(live) == 1
+    live.learn_reply("b", prompt(1, 1))
+    assert blocks_held(live) == 2
+
+
+def test_two_producers_side_by_side_learn_apart() -> None:
+    view = candidates(1)
+    coarse = opened(endpoints(1), auto_tune=False, block_size_tokens=128)
+    fine = opened(endpoints(1))
+    for live in (coarse, fine):
+        open_turn(live, asking(prompt(3)), view)
+        live.learn_reply("t", prompt(2, 1))
+    following = asking(prompt(3) + prompt(2, 1))
+    assert [produced(live, following, view)["prefix_match_blocks"] for live in (coarse, fine)] == [[2.0], [5.0]]
+
+
+def test_a_warm_up_compiles_all_that_requests_need() -> None:
+    approx.warm_up()
+    live, view = opened(endpoints(1)), candidates(1)
+    open_turn(live, request(prompts=(prompt(1), prompt(40), b"")), view)
+    open_turn(live, asking(prompt(70, 1)), view)
+    live.learn_reply("t", prompt(2))
+    kernels = [k for module in (approx_index, hashing) for k in vars(module).values() if hasattr(k, "signatures")]
+    assert len(kernels) > 5
+    assert {str(k): len(k.signatures) for k in kernels if len(k.signatures) > 1} == {}

@@ -21,6 +21,10 @@ PARSERS = ("openai-parser", "anthropic-parser", "vllmhttp-parser", "passthrough-
 """Those that read a request when none is named."""
 
 
+ALWAYS = ("utilization-detector", "metrics-data-source", "core-metrics-extractor")
+"""Further plugins that are there though nobody named them."""
+
+
 def resolved(body: str) -> Resolved:
     return resolve(load(CONFIG_HEAD + body), allow_experimental=True)
 
@@ -63,7 +67,7 @@ def test_without_profiles_one_holds_every_declared_filter_scorer_and_picker() ->
 def test_a_configuration_without_anything_still_picks() -> None:
     one = resolved("")
     assert refs(one) == ["max-score-picker"]
-    assert set(one.plugins) == {"max-score-picker", "single-profile-handler", *PARSERS}
+    assert set(one.plugins) == {"max-score-picker", "single-profile-handler", *PARSERS, *ALWAYS}
 
 
 @pytest.mark.parametrize(
@@ -241,7 +245,7 @@ def test_two_producers_of_a_kind_stand_side_by_side() -> None:
         (
             "plugins: [{type: queue-scorer}]\ndataLayer: {discovery: {pluginRef: queue-scorer}}",
             "$.dataLayer.discovery.pluginRef",
-            "cannot stand here",
+            "accepted types: file-discovery, dns-discovery",
         ),
         (
             "plugins: [{type: prefix-cache-scorer, parameters: {prefixMatchInfoProducerName: precise}}]",

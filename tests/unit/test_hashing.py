@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmd_sched.prefix.hashing import block_hashes, xxh64
+from llmd_sched.prefix.hashing import block_hashes, continued, xxh64
 from tests.builders import fuzzed, prompt
 
 
@@ -87,3 +87,15 @@ def test_hashes_agree_exactly_as_far_as_the_prompts_do(text: bytes, at: int, blo
     first = at // (4 * block_tokens)
     assert same[:first] == changed[:first]
     assert not set(same[first:]) & set(changed[first:])
+
+
+@fuzzed
+@given(st.binary(max_size=100), st.binary(max_size=100), st.sampled_from([1, 2, 7]), st.integers(0, 20))
+def test_a_chain_goes_on_as_if_all_had_been_there_from_the_start(
+    begun: bytes, more: bytes, block_tokens: int, limit: int
+) -> None:
+    block_bytes = 4 * block_tokens
+    full = min(len(begun) // block_bytes, limit)
+    chain = block_hashes(begun, "m", block_tokens, limit)[:full]
+    whole = block_hashes(begun + more, "m", block_tokens, limit)[: len(begun + more) // block_bytes]
+    assert continued(chain, begun[full * block_bytes :] + more, "m", block_tokens, limit).tolist() == whole.tolist()

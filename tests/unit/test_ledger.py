@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from llmd_sched.predict.ledger import Ledger
-from llmd_sched.types import End, Outcome, Prediction
+from llmd_sched.types import End, Outcome, Prediction, Sample
 
 PREDICTION = Prediction(row=(1.0, 2.0), ttft_ms=110.0, tpot_ms=18.0, model_version=4)
 STREAMED = Outcome(
@@ -17,7 +17,7 @@ def change(**fields: object) -> Outcome:
     return Outcome(**{**kept, **fields})
 
 
-def settled(outcome: Outcome) -> tuple[object, Ledger]:
+def settled(outcome: Outcome) -> tuple[list[Sample], Ledger]:
     ledger = Ledger()
     ledger.open("t", PREDICTION, 1.0, explored=True)
     return ledger.settle("t", outcome, 2.0), ledger
@@ -26,8 +26,7 @@ def settled(outcome: Outcome) -> tuple[object, Ledger]:
 def test_a_streamed_reply_becomes_a_sample_with_both_labels() -> None:
     ledger = Ledger()
     ledger.open("t", PREDICTION, 1.0, explored=True)
-    sample = ledger.settle("t", STREAMED, 2.0)
-    assert sample is not None
+    (sample,) = ledger.settle("t", STREAMED, 2.0)
     assert (sample.row, sample.ttft_ms, sample.tpot_ms) == ((1.0, 2.0), 100.0, 20.0)
     assert (sample.predicted_ttft_ms, sample.predicted_tpot_ms, sample.model_version) == (110.0, 18.0, 4)
     assert (sample.at_s, sample.explored, len(ledger)) == (2.0, True, 0)
@@ -48,20 +47,31 @@ def test_a_streamed_reply_becomes_a_sample_with_both_labels() -> None:
     ],
 )
 def test_an_outcome_that_teaches_nothing_is_counted_by_its_reason(outcome: Outcome, fate: str) -> None:
-    sample, ledger = settled(outcome)
-    assert sample is None
+    samples, ledger = settled(outcome)
+    assert samples == []
     assert ledger.counts == {fate: 1}
     assert len(ledger) == 0
 
 
 def test_a_single_token_still_shows_its_ttft() -> None:
-    sample, _ = settled(change(output_tokens=1))
-    assert (sample.ttft_ms, sample.tpot_ms) == (100.0, None)  # type: ignore[attr-defined]
+    (sample,), _ = settled(change(output_tokens=1))
+    assert (sample.ttft_ms, sample.tpot_ms) == (100.0, None)
+
+
+def test_where_two_endpoints_did_the_work_each_target_is_its_own_sample() -> None:
+    ledger = Ledger()
+    apart = msgspec.structs.replace(PREDICTION, endpoint="d", prefill_row=(3.0, 4.0), prefill_endpoint="p")
+    ledger.open("t", apart, 1.0)
+    ttft, tpot = ledger.settle("t", STREAMED, 2.0)
+    assert (ttft.row, ttft.endpoint, ttft.ttft_ms, ttft.tpot_ms) == ((3.0, 4.0), "p", 100.0, None)
+    assert (tpot.row, tpot.endpoint, tpot.ttft_ms, tpot.tpot_ms) == ((1.0, 2.0), "d", None, 20.0)
+    ledger.open("short", apart, 1.0)
+    assert [s.endpoint for s in ledger.settle("short", change(output_tokens=1), 2.0)] == ["p"]
 
 
 def test_a_ticket_settles_once() -> None:
     _, ledger = settled(STREAMED)
-    assert ledger.settle("t", STREAMED, 3.0) is None
+    assert ledger.settle("t", STREAMED, 3.0) == []
     assert ledger.counts == {"settled": 1, "unknown": 1}
 
 
@@ -70,8 +80,8 @@ def test_beyond_the_cap_the_oldest_prediction_goes() -> None:
     for number, ticket in enumerate("abc"):
         ledger.open(ticket, PREDICTION, float(number))
     assert len(ledger) == 2
-    assert ledger.settle("a", STREAMED, 9.0) is None
-    assert ledger.settle("c", STREAMED, 9.0) is not None
+    assert ledger.settle("a", STREAMED, 9.0) == []
+    assert len(ledger.settle("c", STREAMED, 9.0)) == 1
     assert ledger.counts["evicted"] == 1
 
 
@@ -126,6 +136,5 @@ def test_the_share_of_outcomes_within_each_quantile_is_kept() -> None:
 def test_a_sample_says_who_answered() -> None:
     ledger = Ledger()
     ledger.open("t", msgspec.structs.replace(PREDICTION, endpoint="default/pod-3"), 1.0)
-    sample = ledger.settle("t", STREAMED, 2.0)
-    assert sample is not None
+    (sample,) = ledger.settle("t", STREAMED, 2.0)
     assert sample.endpoint == "default/pod-3"

@@ -13,9 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmd_sched.errors import BadRequest
-from llmd_sched.parsers.openai import IMAGE_TOKENS, OpenAIParser, usage_in_tail, with_model
+from llmd_sched.parsers.openai import OpenAIParser
+from llmd_sched.parsers.rewrite import with_model
+from llmd_sched.parsers.usage import usage_in_tail
 from llmd_sched.plugin import Parsed
 from tests.builders import fuzzed
+
+IMAGE_TOKENS = 225
+"""An image of unknown size: 640 x 360 pixels at 1024 pixels per token."""
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 
@@ -212,7 +217,32 @@ def test_an_image_is_aligned_so_that_what_follows_does_not_shift() -> None:
 
 
 def test_a_part_of_another_kind_adds_nothing() -> None:
-    assert chat([{"type": "input_audio", "input_audio": {"data": "x"}}]).prompts == (b"user",)
+    parsed = chat([{"type": "file", "file": {"file_data": "x"}}, {"type": "video_url", "video_url": None}])
+    assert (parsed.prompts, parsed.media) == ((b"user",), 0)
+
+
+def call(name: object, arguments: object) -> dict[str, object]:
+    return {"id": "c1", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+@pytest.mark.parametrize(
+    ("calls", "added"),
+    [
+        (None, b""),
+        ([], b""),
+        ([{}], b""),
+        ([{"function": None}], b""),
+        ([call("f", '{"city": "Z\u00fcrich"}')], 'f{"city": "Zürich"}'.encode()),
+        ([call("f", {"a": 1})], b'f{"a": 1}'),
+        ([call("f", "")], b"f"),
+        ([call("f", None)], b"f"),
+        ([call(None, "{}")], b"{}"),
+        ([call("f", "{}"), call("g", "{}")], b"f{}g{}"),
+    ],
+)
+def test_tool_calls_of_earlier_turns_are_read_as_names_and_arguments(calls: object, added: bytes) -> None:
+    messages = [{"role": "assistant", "content": "hm", "tool_calls": calls}, {"role": "tool", "content": "42"}]
+    assert parse(CHAT, {"messages": messages}).prompts == (b"assistanthm" + added + b"tool42",)
 
 
 JSON = st.recursive(
@@ -301,6 +331,7 @@ DONE = b"data: [DONE]\n\n"
         (event({"usage": 3}), None),
         (event({"content": 'the "usage": {"prompt_tokens": 99}'}), None),  # quoted inside a text
         (event({"content": "usage", "x": {"prompt_tokens": 99}}), None),
+        (event({"usage": {**WHOLE, "note": 'a } or a \\"} in a text'}}), (11, 22, 4)),
     ],
 )
 def test_usage_is_found_in_the_tail_of_every_kind_of_reply(tail: bytes, expected: object) -> None:
@@ -313,6 +344,30 @@ def test_usage_of_the_responses_api_has_other_names() -> None:
         {"type": "response.completed", "response": {"usage": usage, "user": None}}
     )
     assert numbers(tail) == (5, 9, 2)
+
+
+def meta_info(finish_reason: object, completion_tokens: int, **more: object) -> bytes:
+    counts = {"prompt_tokens": 9, "completion_tokens": completion_tokens, "cached_tokens": 3, **more}
+    return event({"text": "hi", "meta_info": {"id": "r", "finish_reason": finish_reason, **counts}})
+
+
+STOP = {"type": "stop", "matched": "}"}
+
+
+@pytest.mark.parametrize(
+    ("tail", "expected"),
+    [
+        (meta_info(None, 1) + meta_info(STOP, 2) + DONE, (9, 2, 3)),
+        (meta_info({"type": "length", "length": 2}, 2, cached_tokens=0), (9, 2, 0)),
+        (meta_info(STOP, 2, cached_tokens=None), (9, 2, None)),
+        (meta_info(None, 1) + meta_info(None, 2), None),
+        (b'{"meta_info":{"prompt_tokens":9}}', None),
+        (meta_info(STOP, 2) + LAST, (11, 22, 4)),
+        (meta_info(STOP, "many"), None),
+    ],
+)
+def test_sglang_counts_in_its_own_place_once_the_reply_is_finished(tail: bytes, expected: object) -> None:
+    assert numbers(tail) == expected
 
 
 def test_a_count_of_zero_is_a_count() -> None:
@@ -348,12 +403,28 @@ def test_every_cut_of_a_reply_gives_its_usage_or_none() -> None:
         (b'{"n":123456789012345678901234567890,"model":"old"}', b'{"n":123456789012345678901234567890,"model":"new"}'),
         (b'{"t":1.0000000000000000001,"e":1E+2,"model":null}', b'{"t":1.0000000000000000001,"e":1E+2,"model":"new"}'),
         (b'{"s":"\\u00e9\\/","model":"old"}', b'{"s":"\\u00e9\\/","model":"new"}'),
-        (b'{ "a" : [ 1 , { "model" : "x" } ] , "model" : "old" }', b'{"a":[ 1 , { "model" : "x" } ],"model":"new"}'),
+        (
+            b'{ "a" : [ 1 , { "model" : "x" } ] ,\r\n\t"model" : "old" } \n',
+            b'{ "a" : [ 1 , { "model" : "x" } ] ,\r\n\t"model" : "new" } \n',
+        ),
+        (b'{"model":"old","a":{"model":"old"}}', b'{"model":"new","a":{"model":"old"}}'),
+        (b'{"a":{"model":"old"},"model":"old"}', b'{"a":{"model":"old"},"model":"new"}'),
+        (b'{"a":{"model":"old"}}', b'{"a":{"model":"old"},"model":"new"}'),
+        (b'{"a":"\\"model\\":\\"old\\"","model":"old"}', b'{"a":"\\"model\\":\\"old\\"","model":"new"}'),
+        (b'{"a":"model","model":"old"}', b'{"a":"model","model":"new"}'),
+        (b'{"mod\\u0065l":"old"}', b'{"mod\\u0065l":"new"}'),
+        (b'{"model":"\\u006fl\\"d","n":1}', b'{"model":"new","n":1}'),
+        (b'{"model":"one","n":1,"model":"two"}', b'{"model":"one","n":1,"model":"new"}'),
+        (b'{"model":{"a":[1]},"n":1}', b'{"model":"new","n":1}'),
+        (b'{"model":"","n":1}', b'{"model":"new","n":1}'),
         (b'{"n":1}', b'{"n":1,"model":"new"}'),
+        (b'{"n":1 }\n', b'{"n":1 ,"model":"new"}\n'),
+        (b'{"n":"}"}', b'{"n":"}","model":"new"}'),
         (b"{}", b'{"model":"new"}'),
+        (b" { } ", b' { "model":"new"} '),
     ],
 )
-def test_a_rewritten_body_keeps_all_other_bytes_and_their_order(body: bytes, rewritten: bytes) -> None:
+def test_a_rewritten_body_keeps_all_other_bytes(body: bytes, rewritten: bytes) -> None:
     assert with_model(body, "new") == rewritten
 
 
@@ -374,4 +445,33 @@ def test_a_rewritten_body_says_the_same_but_for_the_model(body: dict[str, object
 def test_a_body_the_parser_accepts_can_be_rewritten_or_is_a_bad_request(body: bytes) -> None:
     with contextlib.suppress(BadRequest):
         parse(COMPLETIONS, body)
-        assert with_model(body, "new").endswith(b',"model":"new"}')
+        assert with_model(body, "new") == body[:-1] + b',"model":"new"}'
+
+
+LONG = b'say \\"model\\": \\"old\\" ' * 50_000
+
+
+@pytest.mark.parametrize(
+    ("head", "tail"),
+    [
+        (b'{"messages":[{"content":"', b'"}],"n":12345678901234567890, "model":"OLD"}'),
+        (b'{"messages":[{"content":"', b'"}],"model":"OLD","metadata":{"model":"x"}}'),
+        (b'{"messages":[{"content":"', b'"}],"model":"OLD","metadata":{"a":{"model":"x"},"b":1}}'),
+        (b'{"messages":[{"content":"', b'"}],"model":"x","mod\\u0065l":"OLD"}'),
+        (b'{"messages":[{"content":"', b'"}],"model":"x","model":"OLD"}'),
+        (b'{"model":"OLD","messages":[{"content":"', b'"}]}'),
+        (b'{"model":"OLD","messages":[{"content":"', b'","model":"x"}]}'),
+        (b'{"model":"OLD","messages":[{"content":"', b'"}],"stop":["model"]}'),
+        (b'{"model":"OLD","messages":[{"content":"', b'"}],"stop":["model",": \\"x\\"}"]}'),
+        (b'{"model":"x","messages":[{"content":"', b'"}],"model" : "OLD" }'),
+    ],
+)
+def test_in_a_large_body_nothing_but_the_model_changes_wherever_it_is(head: bytes, tail: bytes) -> None:
+    body = head + LONG + tail
+    assert with_model(body, "new") == body.replace(b"OLD", b"new")
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"model":"old"', b'{"model":"old"}x'])
+def test_a_body_that_is_no_json_object_cannot_be_rewritten(body: bytes) -> None:
+    with pytest.raises(BadRequest, match="error unmarshaling request bodyMap: "):
+        with_model(body, "new")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmd_sched.pool.engines import ENGINES, Series
 from llmd_sched.pool.pool import Load
 from llmd_sched.pool.scrape import FACTS_EVERY_S, TOUCHED_FOR_S, Pace, PageReader
 from tests.builders import fuzzed, vllm_page
@@ -181,6 +183,32 @@ def test_a_reader_with_a_memory_reads_what_one_without_reads(shapes: list[tuple[
 def test_any_page_is_read_without_an_error(pieces: list[bytes]) -> None:
     waiting = read(b"".join(pieces)).waiting
     assert waiting is None or waiting == waiting
+
+
+def with_custom(*specs: str) -> PageReader:
+    custom = tuple((f"{i}/x", Series(spec)) for i, spec in enumerate(specs))
+    return PageReader(msgspec.structs.replace(ENGINES["vllm"], custom=custom))
+
+
+def test_custom_metrics_are_read_beside_the_usual_ones() -> None:
+    page = vllm_page() + b'depth{tier="tin"} 1\ndepth{tier="gold"} 2\nheat 3.5\n'
+    load = with_custom("depth{tier=gold}", "heat", "cold").read(page, 0.0)
+    assert load.custom == {"0/x": 2.0, "1/x": 3.5}
+    assert gauges(load) == gauges(PLAIN)
+
+
+@pytest.mark.parametrize("value", ["NaN", "+Inf", "soon", ""])
+def test_a_custom_metric_without_a_number_is_not_there(value: str) -> None:
+    assert with_custom("heat").read(f"heat {value}\n".encode(), 0.0).custom == {}
+
+
+def test_the_first_series_of_a_custom_metric_counts_wherever_the_page_has_it() -> None:
+    reader = with_custom("depth")
+    for now_s, shape in enumerate(SHAPES):
+        page = vllm_page(**shape)
+        lines = f'depth{{rank="0"}} {now_s}\ndepth{{rank="1"}} 1000\n'.encode()
+        for text in (lines + page, page + lines):
+            assert reader.read(text, 0.0).custom == {"0/x": float(now_s)}, shape
 
 
 def lora(running: str, at: str, waiting: str = "") -> bytes:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import msgspec
 import pytest
 
 from llmd_sched.errors import BadRequest
+from llmd_sched.parsers.anthropic import AnthropicParser
+from llmd_sched.parsers.media import Estimate, ImageEstimate, StaticImage
 from llmd_sched.parsers.openai import OpenAIParser
 from llmd_sched.parsers.passthrough import PassthroughParser
 from llmd_sched.parsers.registry import DEFAULT_PATH, PARSERS, ParserRegistry
@@ -89,3 +92,42 @@ def test_a_claimed_path_with_a_bad_body_does_not_fall_back() -> None:
 
 def test_every_parser_but_the_fallback_claims_paths() -> None:
     assert [name for name, kind in PARSERS.items() if not kind.suffixes] == ["passthrough-parser"]
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/generate", "sglang"),
+        ("/generate?x=1", "sglang"),
+        ("/v1/generate", "passthrough"),
+        ("/tenant/generate", "passthrough"),
+        ("/inference/v1/generate", "vllm"),
+        ("/vllm.grpc.engine.VllmEngine/Generate", "grpc"),
+        ("/tenant/vllm.grpc.engine.VllmEngine/Embed", "grpc"),
+        ("/vllm.grpc.engine.VllmEngine/HealthCheck", "grpc"),
+        ("/other.Service/Generate", "passthrough"),
+    ],
+)
+def test_a_suffix_with_a_slash_before_it_is_a_whole_path(path: str, asked: str) -> None:
+    complaints = {"sglang": "input_ids field", "vllm": "token_ids field", "grpc": "gRPC"}
+    registry = ParserRegistry([kind() for kind in PARSERS.values()])
+    if asked in complaints and "Health" not in path:
+        with pytest.raises(BadRequest, match=complaints[asked]):
+            registry.parse(path, b"{}")
+    else:
+        assert registry.parse(path, b"{}") == Parsed(names_model=False, skip_reply=asked == "grpc")
+
+
+def test_what_media_count_is_configured_once_for_all_parsers_and_hinted_at_by_headers() -> None:
+    estimate = Estimate(image=ImageEstimate(mode="static", static=StaticImage(static_token=3)))
+    registry = ParserRegistry([OpenAIParser(), AnthropicParser()], estimate)
+    openai = {"type": "image_url", "image_url": {"url": "u"}}
+    anthropic = {"type": "image", "source": {"type": "url", "url": "u"}}
+    video = {"type": "video_url", "video_url": {"url": "v"}}
+    for path, part in (("/v1/chat/completions", openai), ("/v1/messages", anthropic)):
+        body = msgspec.json.encode({"model": "m", "messages": [{"role": "user", "content": [part]}]})
+        parsed = registry.parse(path, body)
+        assert (len(parsed.prompts[0]), parsed.media) == (4 + 4 * 3, 1)
+    body = msgspec.json.encode({"model": "m", "messages": [{"role": "user", "content": [video]}]})
+    hints = {"x-llm-d-video-duration-seconds": "2", "x-llm-d-video-resolution": "64x32"}
+    assert len(registry.parse("/v1/chat/completions", body, hints).prompts[0]) == 4 + 4 * 2 * 2 * 2

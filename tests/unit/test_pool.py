@@ -226,3 +226,47 @@ def test_all_columns_stay_aligned_through_changes() -> None:
         pool.apply(endpoints(count))
         assert {len(values) for values in pool.columns(0.0).values()} == {count}
         assert np.isfinite(pool.columns(1e9)["metrics_age_s"]).all()
+
+
+HEAT = "heat/core-metrics-extractor"
+
+
+def heat(pool: Pool, now_s: float = 0.0) -> list[float | None]:
+    return [None if np.isnan(value) else value for value in pool.columns(now_s)[HEAT].tolist()]
+
+
+def test_a_custom_metric_is_a_column_from_its_first_value_on() -> None:
+    pool = pool_of(endpoints(3))
+    assert HEAT not in pool.columns(0.0)
+    pool.record(pool.endpoints[1], Load(0.0, 0.0, 0.0, custom={HEAT: 4.0}), 0.0)
+    assert heat(pool) == [None, 4.0, None]
+    assert pool.candidates({"10.0.0.2"}, 0.0).column(HEAT).tolist() == [4.0]
+
+
+@pytest.mark.parametrize("later", [Load(1.0), Load(1.0, custom={}), Load(1.0, custom={"other/x": 1.0})])
+def test_a_custom_metric_the_page_does_not_have_keeps_its_last_value(later: Load) -> None:
+    pool = pool_of(endpoints(1), {"e0": Load(0.0, 0.0, 0.0, custom={HEAT: 4.0})})
+    pool.record(pool.endpoints[0], later, 1.0)
+    assert heat(pool, 1.0) == [4.0]
+
+
+def test_a_custom_metric_of_a_stale_endpoint_is_unknown() -> None:
+    pool = pool_of(endpoints(2), {"e0": Load(0.0, 0.0, 0.0, custom={HEAT: 4.0})})
+    pool.record(pool.endpoints[1], Load(0.0, 0.0, 0.0, custom={HEAT: 5.0}), 9.0)
+    assert heat(pool, 9.0) == [None, 5.0]
+    assert heat(pool, 1.0) == [4.0, 5.0]
+
+
+def test_an_engine_with_custom_metrics_alone_is_no_idle_one() -> None:
+    pool = Pool()
+    pool.apply(endpoints(1))
+    pool.record(pool.endpoints[0], Load(custom={HEAT: 4.0}), 5.0)
+    assert heat(pool, 5.0) == [4.0]
+    assert not pool.fresh(5.0).any()
+    assert shown(pool, 5.0, 0) == (1.0, 1.0, 1.0)
+
+
+def test_custom_metrics_follow_the_members() -> None:
+    pool = pool_of(endpoints(3), {f"e{i}": Load(0.0, 0.0, 0.0, custom={HEAT: float(i)}) for i in range(3)})
+    pool.apply([endpoint(2), endpoint(9), endpoint(0, address="10.9.9.9"), endpoint(1)])
+    assert heat(pool) == [2.0, None, None, 1.0]

@@ -42,7 +42,7 @@ class Recorder(Producer):
         self._note("produce", request.id)
         return {f"noted/{self.name}": np.arange(len(candidates), dtype=float)}
 
-    def predicted(self, candidates: Candidates, position: int) -> Prediction | None:
+    def predicted(self, candidates: Candidates, position: int, prefill: int | None = None) -> Prediction | None:
         return Prediction(row=(float(position),), ttft_ms=1.0, tpot_ms=1.0, model_version=7)
 
     def chosen(self, decision: Decision, candidates: Candidates, position: int, now_s: float) -> None:

@@ -14,7 +14,8 @@ from prometheus_client import CollectorRegistry
 from llmd_sched import config as configs
 from llmd_sched.catalog import build_parsers, build_router, resolve
 from llmd_sched.errors import BadRequest, NoCandidates, NoEndpoints, UnsupportedMode
-from llmd_sched.extproc.service import EndpointPicker, outcome_line
+from llmd_sched.extproc.observer import Observer, outcome_line
+from llmd_sched.extproc.service import EndpointPicker
 from llmd_sched.extproc.session import Route
 from llmd_sched.pool.pool import Load, Pool
 from llmd_sched.telemetry import Telemetry
@@ -63,7 +64,10 @@ class Picker:
         self.lines = Lines()
         self.log.addHandler(self.lines)
         self.service = EndpointPicker(
-            self.router, build_parsers(resolved), Telemetry(self.registry), clock=self.clock, outcome_log=self.log
+            self.router,
+            build_parsers(resolved),
+            Observer(Telemetry(self.registry), outcome_log=self.log),
+            clock=self.clock,
         )
 
     def route(
@@ -164,15 +168,15 @@ def test_an_empty_slo_is_no_slo(picker: Picker) -> None:
 
 def test_a_body_that_is_not_rewritten_keeps_its_very_bytes(picker: Picker) -> None:
     raw = b'{ "prompt":"\\u00e9 <&>", "model" : "m","n": 12345678901234567890 }'
-    assert picker.route(raw)[1:] == (raw, False)
+    assert picker.route(raw)[1:3] == (raw, False)
     same = {"x-llm-d-model-name-rewrite": "m", ":path": "/v1/completions"}
-    assert picker.route(raw, same)[1:] == (raw, False)
+    assert picker.route(raw, same)[1:3] == (raw, False)
 
 
 @pytest.mark.parametrize("name", ["x-llm-d-model-name-rewrite", "x-gateway-model-name-rewrite"])
 def test_the_rewrite_header_names_the_model_upstream(picker: Picker, name: str) -> None:
     raw = b'{"prompt":"\\u00e9 <&>","model":"m","n":12345678901234567890}'
-    decision, body, changed = picker.route(raw, {":path": "/v1/completions", name: 'it"s'})
+    decision, body, changed = picker.route(raw, {":path": "/v1/completions", name: 'it"s'})[:3]
     assert changed
     assert body == b'{"prompt":"\\u00e9 <&>","model":"it\\"s","n":12345678901234567890}'
     assert (decision.request.model, decision.request.target_model) == ("m", 'it"s')
@@ -180,7 +184,7 @@ def test_the_rewrite_header_names_the_model_upstream(picker: Picker, name: str) 
 
 
 def test_the_rewrite_header_gives_a_model_to_a_body_that_has_none(picker: Picker) -> None:
-    decision, body, changed = picker.route({"prompt": "p"}, {"x-llm-d-model-name-rewrite": "m"})
+    decision, body, changed = picker.route({"prompt": "p"}, {"x-llm-d-model-name-rewrite": "m"})[:3]
     assert changed
     assert json.loads(body) == {"prompt": "p", "model": "m"}
     assert (decision.request.model, decision.request.target_model) == ("", "m")
@@ -205,7 +209,7 @@ def test_a_body_that_is_no_request_is_bad(picker: Picker, raw: bytes) -> None:
 def test_the_passthrough_parser_knows_no_model_and_changes_nothing() -> None:
     picker = Picker(PASSTHROUGH)
     headers = {":path": "/v1/completions", "x-llm-d-model-name-rewrite": "other"}
-    decision, body, changed = picker.route(b"no JSON", headers)
+    decision, body, changed = picker.route(b"no JSON", headers)[:3]
     assert (body, changed) == (b"no JSON", False)
     assert decision.request.model == ""
     assert picker.sample("request_total", model_name="", priority="0") == 1
@@ -267,7 +271,7 @@ def test_a_request_that_finds_no_endpoint_is_counted_as_such(picker: Picker) -> 
 def test_the_size_counted_is_that_of_what_the_client_sent(picker: Picker) -> None:
     """So that one client's traffic reads the same whatever we do to it; the Request says so too."""
     raw = json.dumps(BODY).encode()
-    decision, body, changed = picker.route(raw, {"x-llm-d-model-name-rewrite": "a-much-longer-name"})
+    decision, body, changed = picker.route(raw, {"x-llm-d-model-name-rewrite": "a-much-longer-name"})[:3]
     assert changed
     assert len(body) != len(raw)
     assert decision.request.size_bytes == len(raw)

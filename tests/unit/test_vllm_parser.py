@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmd_sched.errors import BadRequest
-from llmd_sched.parsers.openai import OpenAIParser, with_model
+from llmd_sched.parsers.openai import OpenAIParser
 from llmd_sched.parsers.passthrough import PassthroughParser
 from llmd_sched.parsers.registry import PARSERS, ParserRegistry
+from llmd_sched.parsers.rewrite import with_model
 from llmd_sched.parsers.vllm import VLLMParser
 from llmd_sched.plugin import Parsed
 from tests.builders import fuzzed
@@ -120,6 +121,9 @@ def test_a_body_nested_without_end_is_refused(opening: bytes) -> None:
         ('["a", "b"]', (b'["a", "b"]',)),
         ('[1, "a"]', (b'[1, "a"]',)),
         ("[1, [2]]", (b"[1, [2]]",)),
+        ("[[1], [2], 3]", (b"[[1], [2], 3]",)),
+        ("[[1], []]", (struct.pack("<I", 1), b"")),
+        ("[[[1]]]", (b"[[[1]]]",)),
         ("[1.5]", (b"[1.5]",)),
         ('{"a": 1}', (b'{"a": 1}',)),
     ],
@@ -132,6 +136,27 @@ def test_token_ids_to_embed_are_tokens_and_anything_else_is_its_json(value: str,
 def test_token_ids_to_embed_have_the_same_limits(value: str) -> None:
     with pytest.raises(BadRequest, match="invalid embeddings request: token ids must be between 0 and 4294967295"):
         OpenAIParser().parse("/v1/embeddings", f'{{"input":{value}}}'.encode())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"token_ids":[7],"token_ids":[1, 2]}',
+        b'{"features":{"token_ids":[7]},"token_ids":[1,2]}',
+        b'{"features":{"token_ids":[7,8]},"token\\u005fids":[1,2]}',
+        b'{"a":"\\"token_ids\\":[7]","token_ids" :\n[ 1\t, 2 ] }\n',
+        b'{"a":"token_ids","b":[7],"token_ids":[1,2]}',
+        b'{"token_ids":[1,2],"features":{"token_ids":[7]}}',
+        b'{"token_ids":[1,2],"x":{"token_ids":null}}',
+    ],
+)
+def test_the_ids_are_those_of_the_field_wherever_else_its_name_stands(body: bytes) -> None:
+    assert parse(body).prompts == (struct.pack("<2I", 1, 2),)
+
+
+def test_an_error_behind_a_long_list_is_said_to_be_where_it_is() -> None:
+    with pytest.raises(BadRequest, match=r"byte 10\d\d\d"):
+        parse(b'{"token_ids":[' + b",".join([b"1"] * 5000) + b'],"model":}')
 
 
 def test_a_rewritten_model_leaves_the_ids_as_they_were() -> None:
