@@ -37,8 +37,8 @@ class DecisionLog(Protocol):
 
 
 class Observer:
-    """``indexes``: name and type of the prefix indexes. ``disagg``: those of the profile handler, when it is one that may
-    split a request over endpoints."""
+    """``indexes``: name and type of the prefix indexes. ``disagg``: those of the profile handler, when it may split a
+    request over endpoints."""
 
     def __init__(
         self,
