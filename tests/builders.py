@@ -28,12 +28,17 @@ COLUMNS = {
     "inflight_prefill_tokens": f"inflight_prefill_tokens/{INFLIGHT}",
     "admission_wait_ms": f"admission_wait_ms/{INFLIGHT}",
     "resident_tokens": f"resident_tokens/{INFLIGHT}",
+    "generated_tokens": f"generated_tokens/{INFLIGHT}",
     "uncached_tokens": f"uncached_tokens/{INFLIGHT}",
     "ttft_ms": f"ttft_ms/{LATENCY}",
     "tpot_ms": f"tpot_ms/{LATENCY}",
     "ttft_headroom_ms": f"ttft_headroom_ms/{LATENCY}",
     "tpot_headroom_ms": f"tpot_headroom_ms/{LATENCY}",
     "dispatched": f"dispatched/{LATENCY}",
+    "expected_output_tokens": f"expected_output_tokens/{LATENCY}",
+    "prefill_ms": f"prefill_ms/{LATENCY}",
+    "copy_ms": f"copy_ms/{LATENCY}",
+    "slowdown_ms": f"slowdown_ms/{LATENCY}",
 }
 """Short names of the columns the default producers make."""
 

@@ -18,6 +18,7 @@ from llmd_sched.prefix.approx import ApproxPrefixCacheProducer
 from llmd_sched.prefix.precise import PrecisePrefixCacheProducer
 from llmd_sched.sched.admitters import ADMITTERS
 from llmd_sched.sched.attributes import EndpointAttributeFilter, EndpointAttributeScorer
+from llmd_sched.sched.cost import RequestCostScorer
 from llmd_sched.sched.deciders import DECIDERS
 from llmd_sched.sched.embeddings import MmEmbeddingsCacheProducer, MmEmbeddingsCacheScorer
 from llmd_sched.sched.filters import FILTERS, LabelSelectorFilter
@@ -48,6 +49,7 @@ MORE_SCORERS: dict[str, type[Scorer]] = {
     "endpoint-attribute-scorer": EndpointAttributeScorer,
     "mm-embeddings-cache-scorer": MmEmbeddingsCacheScorer,
     "no-hit-lru-scorer": NoHitLruScorer,
+    "request-cost-scorer": RequestCostScorer,
     "session-affinity-scorer": SessionAffinityScorer,
 }
 TOKENS: dict[str, type[Plugin]] = {"token-producer": TokenProducer, "tokenizer": TokenProducer}

@@ -18,6 +18,7 @@ from llmd_sched.predict.calibrate import Calibrator, group_of
 from llmd_sched.predict.features import EngineClasses
 from llmd_sched.predict.ledger import Ledger
 from llmd_sched.predict.model import Model
+from llmd_sched.predict.price import prices
 from llmd_sched.types import QUANTILES, Array, Candidates, Decision, End, Endpoint, Outcome, Prediction, Request, Sample
 
 FIRST_OUTPUT_GUESS_TOKENS = 256.0
@@ -106,7 +107,8 @@ class _Last(NamedTuple):
 
 
 class PredictedLatency(Producer):
-    """The live side. Columns: ``ttft_ms``, ``tpot_ms``, their headrooms, ``dispatched`` (our requests there).
+    """The live side. Columns: ``ttft_ms``, ``tpot_ms``, their headrooms, ``dispatched`` (our requests there), what the
+    request costs others (``price.Prices``), and ``expected_output_tokens``.
 
     ``model`` is replaced by whoever trains; ``on_sample`` gets every labelled row.
     """
@@ -168,7 +170,13 @@ class PredictedLatency(Producer):
             f"ttft_headroom_ms/{self.name}": ttft_headroom_ms,
             f"tpot_headroom_ms/{self.name}": tpot_headroom_ms,
             f"dispatched/{self.name}": columns["inflight_requests"],
+            f"expected_output_tokens/{self.name}": rows[:, features.EXPECTED_OUTPUT],
+            **self._prices(rows, known),
         }
+
+    def _prices(self, rows: NDArray[np.float64], known: _Known) -> dict[str, Array]:
+        found = prices(self.model, rows, known.log_bias)
+        return {f"{column}/{self.name}": values for column, values in zip(found._fields, found, strict=True)}
 
     def _what_is_known(self, endpoints: list[Endpoint]) -> _Known:
         known = self._known

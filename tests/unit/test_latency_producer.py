@@ -40,6 +40,7 @@ class Fixed:
         self.answer = np.array(ttft_ms), np.array(tpot_ms)
         self.version = version
         self.rows = np.zeros((0, 0))
+        self.ttft, self.tpot = Model.cold().ttft, Model.cold().tpot
 
     def predict(self, rows: np.ndarray, log_bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         self.rows = rows.copy()
