@@ -23,6 +23,7 @@ COLUMNS = {
     "match": f"prefix_match_blocks/{PREFIX}",
     "total": f"prefix_total_blocks/{PREFIX}",
     "block": f"prefix_block_tokens/{PREFIX}",
+    "pressure": f"prefix_pressure/{PREFIX}",
     "inflight_requests": f"inflight_requests/{INFLIGHT}",
     "inflight_tokens": f"inflight_tokens/{INFLIGHT}",
     "inflight_prefill_tokens": f"inflight_prefill_tokens/{INFLIGHT}",

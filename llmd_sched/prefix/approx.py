@@ -16,6 +16,7 @@ from llmd_sched.plugin import PREFILL, Attribute, Producer, ProducerPlugin
 from llmd_sched.prefix import approx_index
 from llmd_sched.prefix.approx_index import Chains, HeldBlocks, chains
 from llmd_sched.prefix.hashing import BYTES_PER_TOKEN, Hashes, block_hashes, continued
+from llmd_sched.prefix.reuse import WorkingSet
 from llmd_sched.types import Array, Candidates, Decision, Endpoint, Outcome, Request
 
 MIN_BLOCK_TOKENS = 64
@@ -94,7 +95,8 @@ class _Open(NamedTuple):
 
 
 class ApproxPrefixCache(Producer):
-    """The live index. Columns: ``prefix_match_blocks``, ``prefix_total_blocks``, ``prefix_block_tokens``."""
+    """The live index. Columns: ``prefix_match_blocks``, ``prefix_total_blocks``, ``prefix_block_tokens``, and
+    ``prefix_pressure``: the working set of reused blocks over what the endpoint holds at most."""
 
     def __init__(self, name: str, params: ApproxPrefixCacheProducer) -> None:
         super().__init__(name)
@@ -104,6 +106,8 @@ class ApproxPrefixCache(Producer):
         self._match_column = f"prefix_match_blocks/{name}"
         self._total_column = f"prefix_total_blocks/{name}"
         self._block_column = f"prefix_block_tokens/{name}"
+        self._pressure_column = f"prefix_pressure/{name}"
+        self.working_set = WorkingSet()
         self._last: _Asked | None = None
         self._open: dict[str, _Open] = {}
         self._seen: tuple[list[Endpoint], list[HeldBlocks]] = ([], [])
@@ -120,6 +124,7 @@ class ApproxPrefixCache(Producer):
             self._match_column: match,
             self._total_column: np.full(count, float(len(asked.chains.hashes))),
             self._block_column: np.full(count, float(asked.block_tokens)),
+            self._pressure_column: self.working_set.blocks / self._capacities(candidates, asked.block_tokens),
         }
 
     def _hashed(self, request: Request, block_tokens: int) -> _Asked:
@@ -142,6 +147,7 @@ class ApproxPrefixCache(Producer):
         asked = self._last
         if asked is None or asked.request is not decision.request:
             return
+        self.working_set.asked(asked.chains.hashes, now_s)
         server = candidates.endpoints[position].server
         capacity = self._capacity_blocks(candidates, position, asked.block_tokens)
         self.held[server].insert(asked.chains, capacity)
@@ -186,11 +192,14 @@ class ApproxPrefixCache(Producer):
         return max(MIN_BLOCK_TOKENS, self.params.configured_block_tokens)
 
     def _capacity_blocks(self, candidates: Candidates, position: int, block_tokens: int) -> int:
-        """The endpoint's cache in *our* blocks: an engine counts its own, smaller ones."""
-        blocks, tokens = candidates.columns["cache_blocks"][position], candidates.columns["block_tokens"][position]
-        if self.params.auto_tune and blocks > 0 and tokens > 0:
-            return max(1, int(blocks * tokens) // block_tokens)
-        return max(1, self.params.lru_capacity_per_server * 16 // block_tokens)
+        return int(self._capacities(candidates, block_tokens)[position])
+
+    def _capacities(self, candidates: Candidates, block_tokens: int) -> Array:
+        """The endpoints' caches in *our* blocks: an engine counts its own, smaller ones."""
+        default = float(self.params.lru_capacity_per_server * 16)
+        tokens = candidates.columns["cache_blocks"] * candidates.columns["block_tokens"]
+        known = tokens if self.params.auto_tune else np.zeros(len(tokens))
+        return np.asarray(np.maximum(1.0, np.where(known > 0, known, default) // block_tokens))
 
 
 def _root(request: Request) -> str:

@@ -13,6 +13,10 @@ LEAST_REMAINING = 0.25
 """Of the expected output: so much is still to come, at least, of a request that has outlived its estimate."""
 
 
+FREE_SHARE = 0.5
+"""Of an endpoint's cache: while what is asked again needs no more than this, a second copy costs nothing."""
+
+
 class RequestCostScorer(Scorer, frozen=True):
     """The least total cost in time, by the latency predictions: min(cost) / cost, so that the best scores 1.
 
@@ -20,7 +24,8 @@ class RequestCostScorer(Scorer, frozen=True):
          + ``othersWeight`` x what it takes from the requests there: all of them wait for its prefill, and each of their
            remaining tokens takes longer while it decodes beside them
          + ``copyWeight`` x the price of a second copy: the prefill of what another endpoint holds already, times the
-           mean number of requests of an endpoint, plus one
+           mean number of requests of an endpoint, plus one; as far as the prompts that come again do not all fit into
+           the endpoint's cache (nothing when they need half of it, all when they fill it)
 
     Going for the own time alone is as bad as taking turns where caches matter: a miss costs the newcomer little and
     every neighbour a stall, fills a second cache with the same blocks, and draws the next turns there too. The first
@@ -32,6 +37,7 @@ class RequestCostScorer(Scorer, frozen=True):
     copy_weight: float = 3.0
     latency_prediction_info_producer_name: str = ""
     in_flight_load_producer_name: str = ""
+    prefix_match_info_producer_name: str = ""
 
     def check(self) -> None:
         for name, weight in (("othersWeight", self.others_weight), ("copyWeight", self.copy_weight)):
@@ -42,6 +48,7 @@ class RequestCostScorer(Scorer, frozen=True):
         return (
             reads(Attribute.LATENCY, self.latency_prediction_info_producer_name),
             reads(Attribute.INFLIGHT_LOAD, self.in_flight_load_producer_name),
+            reads(Attribute.PREFIX_MATCH, self.prefix_match_info_producer_name, required=False),
         )
 
     def score(self, request: Request, candidates: Candidates) -> Array:
@@ -52,7 +59,7 @@ class RequestCostScorer(Scorer, frozen=True):
 
     def cost_ms(self, candidates: Candidates) -> Array | None:
         """(n,), positive; None without predictions."""
-        latency, in_flight = (need.producer for need in self.reads())
+        latency, in_flight = (need.producer for need in self.reads()[:2])
         ttft_ms = candidates.get(f"ttft_ms/{latency}")
         if ttft_ms is None:
             return None
@@ -67,11 +74,18 @@ class RequestCostScorer(Scorer, frozen=True):
         slow_ms = column("slowdown_ms") * np.minimum(
             self._remaining_tokens(candidates, in_flight, output), output * there
         )
-        copy_ms = column("copy_ms") * (1.0 + there.mean())
+        copy_ms = column("copy_ms") * (1.0 + there.mean()) * self._scarcity(candidates)
         cost_ms: Array = np.maximum(
             own_ms + self.others_weight * (stall_ms + slow_ms) + self.copy_weight * copy_ms, 1e-3
         )
         return cost_ms
+
+    def _scarcity(self, candidates: Candidates) -> Array:
+        """0..1; 1 where nobody measures it."""
+        pressure = candidates.get(f"prefix_pressure/{self.reads()[2].producer}")
+        if pressure is None:
+            return np.ones(len(candidates))
+        return np.minimum(np.maximum(pressure / FREE_SHARE - 1.0, 0.0), 1.0)
 
     def _remaining_tokens(self, candidates: Candidates, in_flight: str, output: Array) -> Array:
         """Of all requests there together, were they all to get ``output``."""

@@ -61,7 +61,13 @@ NEEDS_STAGES = {"disagg-profile-handler", "pd-profile-handler", "header-profile-
 
 NEEDS_TELLING = {"by-label", "prefill-filter", "encode-filter", "header-based-testing-filter"}
 """Filters that drop endpoints which no label and no request header speaks for."""
-MAY_LEAVE_NOBODY = {*NEEDS_TELLING, "decode-filter", "utilization-filter", "endpoint-attribute-filter"}
+MAY_LEAVE_NOBODY = {
+    *NEEDS_TELLING,
+    "decode-filter",
+    "utilization-filter",
+    "endpoint-attribute-filter",
+    "concurrency-detector",
+}
 
 LISTS_MATTER = {"no-hit-lru-scorer"}
 """Scorers that tell endpoints alike apart by their place in the list."""

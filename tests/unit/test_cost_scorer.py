@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llmd_sched.sched.cost import RequestCostScorer
-from tests.builders import candidates, request
+from tests.builders import COLUMNS, candidates, request
 
 
 def view(**columns: list[float]) -> object:
@@ -57,3 +57,12 @@ def test_the_cheapest_scores_1_and_one_twice_as_dear_a_half() -> None:
 def test_without_predictions_nobody_is_better() -> None:
     assert RequestCostScorer().score(request(), candidates(3)).tolist() == [0.0, 0.0, 0.0]
     assert np.isfinite(RequestCostScorer().score(request(), candidates(3))).all()
+
+
+@pytest.mark.parametrize(("pressure", "share"), [(0.0, 0.0), (0.5, 0.0), (0.75, 0.5), (1.0, 1.0), (7.0, 1.0)])
+def test_a_second_copy_costs_nothing_while_there_is_room_for_what_is_asked_again(pressure: float, share: float) -> None:
+    columns = view(copy_ms=[70.0])
+    columns = columns.with_columns({COLUMNS["pressure"]: np.array([pressure])})  # type: ignore[attr-defined]
+    found = RequestCostScorer().cost_ms(columns)
+    assert found is not None
+    assert found.tolist() == pytest.approx([600.0 + share * 3.0 * 70.0])
