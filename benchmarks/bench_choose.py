@@ -79,8 +79,7 @@ class Traffic:
         begin_s = time.perf_counter()
         decision = self.router.choose(request, None, now_s)
         spent_ms = 1e3 * (time.perf_counter() - begin_s)
-        if decision.prediction is not None:
-            self.router.expect_first_token(decision.ticket, now_s + decision.prediction.ttft_ms / 1e3)
+        self.router.assume_first_token(decision)
         self._open.append(decision)
         if len(self._open) > OPEN_PER_ENDPOINT * len(self.router.pool):
             self._finish(self._open.popleft())

@@ -192,6 +192,10 @@ class Producer:
 
     def chosen(self, decision: Decision, candidates: Candidates, position: int, now_s: float) -> None: ...
 
+    def first_token_due_ms(self, ticket: str) -> float:
+        """How long after its choice the first token of a request is to be expected; 0 when it cannot tell."""
+        return 0.0
+
     def first_token(self, ticket: str, now_s: float) -> None: ...
 
     def learn_reply(self, ticket: str, said: bytes) -> None:

@@ -191,10 +191,15 @@ class Router:
                 headers.update(producer.reply_headers(request, candidates, positions))
         return headers
 
-    def expect_first_token(self, ticket: str, at_s: float) -> None:
-        """On a path that does not show the first token, assume it at this time (the predicted one)."""
-        if len(self._first_tokens) < MAX_OPEN_REQUESTS:
-            heapq.heappush(self._first_tokens, (at_s, ticket))
+    def assume_first_token(self, decision: Decision) -> None:
+        """On a path that does not show the first token, assume it when it is predicted, or else when the producers
+        that follow the request think it is due."""
+        if decision.prediction is not None:
+            due_ms = decision.prediction.ttft_ms
+        else:
+            due_ms = max((p.first_token_due_ms(decision.ticket) for p in self.producers), default=0.0)
+        if due_ms and len(self._first_tokens) < MAX_OPEN_REQUESTS:
+            heapq.heappush(self._first_tokens, (decision.at_s + due_ms / 1e3, decision.ticket))
 
     def _infer_first_tokens(self, now_s: float) -> None:
         while self._first_tokens and self._first_tokens[0][0] <= now_s:

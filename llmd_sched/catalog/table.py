@@ -8,7 +8,7 @@ from llmd_sched.flow.program import FAIRNESS
 from llmd_sched.flow.saturation import DETECTORS
 from llmd_sched.parsers.producer import TokenProducer
 from llmd_sched.parsers.registry import PARSERS
-from llmd_sched.plugin import Filter, Plugin, ProducerPlugin, Scorer
+from llmd_sched.plugin import Filter, Picker, Plugin, ProducerPlugin, Scorer
 from llmd_sched.pool.discovery import FileDiscovery
 from llmd_sched.pool.dns import DnsDiscovery
 from llmd_sched.pool.inflight import InFlightLoadProducer
@@ -28,6 +28,7 @@ from llmd_sched.sched.lru import NoHitLruScorer
 from llmd_sched.sched.objects import OBJECTS
 from llmd_sched.sched.pickers import PICKERS
 from llmd_sched.sched.reporters import REPORTERS
+from llmd_sched.sched.rivals import DynamoCostScorer, PowerOfTwoPicker, RoundRobinScorer, SglangCacheAwareScorer
 from llmd_sched.sched.scorers import SCORERS
 from llmd_sched.sched.sessions import SessionAffinityFilter, SessionAffinityScorer
 from llmd_sched.sched.testing import HeaderBasedTestingFilter
@@ -46,12 +47,16 @@ MORE_FILTERS: dict[str, type[Filter]] = {
     "session-affinity-filter": SessionAffinityFilter,
 }
 MORE_SCORERS: dict[str, type[Scorer]] = {
+    "dynamo-cost-scorer": DynamoCostScorer,
     "endpoint-attribute-scorer": EndpointAttributeScorer,
     "mm-embeddings-cache-scorer": MmEmbeddingsCacheScorer,
     "no-hit-lru-scorer": NoHitLruScorer,
     "request-cost-scorer": RequestCostScorer,
+    "round-robin-scorer": RoundRobinScorer,
     "session-affinity-scorer": SessionAffinityScorer,
+    "sglang-cache-aware-scorer": SglangCacheAwareScorer,
 }
+MORE_PICKERS: dict[str, type[Picker]] = {"power-of-two-picker": PowerOfTwoPicker}
 TOKENS: dict[str, type[Plugin]] = {"token-producer": TokenProducer, "tokenizer": TokenProducer}
 DISCOVERY: dict[str, type[Plugin]] = {"file-discovery": FileDiscovery, "dns-discovery": DnsDiscovery}
 IDLE: dict[str, type[Plugin]] = {
@@ -62,8 +67,8 @@ IDLE: dict[str, type[Plugin]] = {
 
 TYPES: dict[str, type[Plugin]] = {
     **PARSERS, **PRODUCERS, **FILTERS, **SCORERS, **PICKERS, **HANDLERS, **DECIDERS, **IDENTITIES, **DISCOVERY, **IDLE,
-    **FAIRNESS, **ORDERING, **LIMITS, **DETECTORS, **OBJECTS, **TOKENS, **MORE_FILTERS, **MORE_SCORERS, **ADMITTERS,
-    **REPORTERS, **SOURCES, **EXTRACTORS,
+    **FAIRNESS, **ORDERING, **LIMITS, **DETECTORS, **OBJECTS, **TOKENS, **MORE_FILTERS, **MORE_SCORERS, **MORE_PICKERS,
+    **ADMITTERS, **REPORTERS, **SOURCES, **EXTRACTORS,
 }  # fmt: skip
 
 ALPHA = frozenset(

@@ -199,7 +199,7 @@ class _Stream:
             return self.session.refused(error)
         self.ticket = decision.ticket
         if self.session.path is Path.LEAN:
-            self.picker.expect_first_token(decision)
+            self.picker.router.assume_first_token(decision)
         self._path = path_of(route.headers)
         self._itl_s = self.picker.observer.series(decision.request).itl_s
         now_s = self.picker.clock()

@@ -247,11 +247,6 @@ class EndpointPicker:
     def first_token(self, ticket: str) -> None:
         self.router.first_token(ticket, self.clock())
 
-    def expect_first_token(self, decision: Decision) -> None:
-        """The lean path does not show it; take the prediction's word."""
-        if decision.prediction is not None:
-            self.router.expect_first_token(decision.ticket, decision.at_s + decision.prediction.ttft_ms / 1e3)
-
     def report(self, outcome: Outcome) -> Struct | None:
         """What the reporters tell the proxy of a reply that has ended."""
         told = [found for one in self._reporters if (found := one.report(outcome)) is not None]

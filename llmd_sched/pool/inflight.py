@@ -10,6 +10,13 @@ from numpy.typing import NDArray
 from llmd_sched.plugin import PREFILL, Attribute, Producer, ProducerPlugin, Reads, reads
 from llmd_sched.types import Array, Candidates, Decision, Endpoint, Outcome, Request
 
+FIRST_GUESS_MS_PER_TOKEN = 1e3 / 15928
+"""Prefill of a token before any was measured: the reference's default throughput."""
+MEMORY = 100
+"""Measured first tokens after which the guess has forgotten the first one."""
+LEAST_TOKENS = 512.0
+"""Shorter prompts wait for a step rather than for their tokens."""
+
 MAX_OPEN = 200_000
 """Open requests followed at once; beyond it the oldest are let go, so a lost end can never pile up."""
 
@@ -118,8 +125,8 @@ class _Counter:
 
 class _Open:
     __slots__ = (
-        "charged_tokens", "counter", "decode_began_s", "endpoint", "input_tokens", "only_prefills", "prefilling",
-        "request", "tokens_per_s", "uncached_tokens",
+        "ahead_tokens", "charged_tokens", "counter", "decode_began_s", "endpoint", "input_tokens", "only_prefills",
+        "prefilling", "request", "tokens_per_s", "uncached_tokens",
     )  # fmt: skip
 
     def __init__(
@@ -132,6 +139,8 @@ class _Open:
     ) -> None:
         self.counter = counter
         self.endpoint = endpoint
+        self.ahead_tokens = max(LEAST_TOKENS, counter.prefill_tokens + uncached_tokens)
+        """Prompt tokens to compute until its first token, its own among them."""
         self.request = decision.request
         self.charged_tokens = charged_tokens
         self.uncached_tokens = uncached_tokens
@@ -170,6 +179,8 @@ class InFlightLoad(Producer):
         self._counters: dict[tuple[str, str], _Counter] = {}
         self._members: list[Endpoint] = []
         self._table: NDArray[np.float64] = np.zeros((0, len(_SHOWN)))
+        self._ms_per_token = FIRST_GUESS_MS_PER_TOKEN
+        self._measured = 0
         self._open: dict[str, list[_Open]] = {}
         """Ticket -> what it holds, one of each endpoint that works on it."""
 
@@ -257,6 +268,17 @@ class InFlightLoad(Producer):
         estimate = round(request.input_tokens * self.params.output_ratio)
         return float(min([estimate, *(max(0, cap) for cap in caps if cap is not None)]))
 
+    def first_token_due_ms(self, ticket: str) -> float:
+        return max((self._ms_per_token * one.ahead_tokens for one in self._open.get(ticket, ())), default=0.0)
+
+    def _measure(self, charges: list[_Open], outcome: Outcome) -> None:
+        """How long a token of prefill takes here, for who sees no first tokens and has no predictor."""
+        if outcome.ttft_ms is None or outcome.status != 200 or len(charges) != 1:
+            return
+        self._measured = min(self._measured + 1, MEMORY)
+        ms_per_token = outcome.ttft_ms / charges[0].ahead_tokens
+        self._ms_per_token += (ms_per_token - self._ms_per_token) / self._measured
+
     def first_token(self, ticket: str, now_s: float) -> None:
         charges = self._open.get(ticket, ())
         for one in charges:
@@ -277,6 +299,7 @@ class InFlightLoad(Producer):
 
     def finished(self, ticket: str, outcome: Outcome, now_s: float) -> None:
         if ticket in self._open:
+            self._measure(self._open[ticket], outcome)
             self._close(ticket)
 
     def _close(self, ticket: str) -> None:

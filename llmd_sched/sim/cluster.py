@@ -121,7 +121,9 @@ class Cluster:
         self.records: list[Record] = []
         """Of the requests that have ended, in the order in which the router learned it."""
         self.pool = Pool(spec.stale_after_s)
-        self.router = build_router(resolve(load(spec.config)), self.pool, Random(f"{spec.seed} router"))
+        self.router = build_router(
+            resolve(load(spec.config), allow_experimental=True), self.pool, Random(f"{spec.seed} router")
+        )
         self.producers = [p for p in self.router.producers if isinstance(p, PredictedLatency)]
         self.trainers = [(p, spec.trainer(p.model)) for p in self.producers if spec.trainer is not None]
         for producer, trainer in self.trainers:
@@ -174,8 +176,8 @@ class Cluster:
         except RequestError as error:
             self._close(_record(one, None, Outcome(end=End.FINISHED, status=error.status)))
             return
-        if self.spec.path == "lean" and decision.prediction is not None:
-            self.router.expect_first_token(decision.ticket, self.now_s + decision.prediction.ttft_ms / 1e3)
+        if self.spec.path == "lean":
+            self.router.assume_first_token(decision)
         self._send(_Flight(one, decision))
 
     def _send(self, flight: _Flight) -> None:

@@ -81,7 +81,7 @@ SIZES = (1, 2, 7, 200)
 every_type = pytest.mark.parametrize("name", TYPES)
 every_scorer = pytest.mark.parametrize("name", [n for n, kind in TYPES.items() if issubclass(kind, Scorer)])
 every_filter = pytest.mark.parametrize("name", [n for n, kind in TYPES.items() if issubclass(kind, Filter)])
-every_picker = pytest.mark.parametrize("name", PICKERS)
+every_picker = pytest.mark.parametrize("name", [n for n, kind in TYPES.items() if issubclass(kind, Picker)])
 every_size = pytest.mark.parametrize("size", SIZES)
 
 

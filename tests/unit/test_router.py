@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -281,12 +282,43 @@ def test_the_best_score_is_no_exploration_even_when_tied() -> None:
     assert explored([0.6, 0.2], MaxScorePicker()) == {("e1", False)}
 
 
+def due_at(decision: Decision, at_s: float) -> Decision:
+    """The same, its first token predicted for then."""
+    assert decision.prediction is not None
+    prediction = msgspec.structs.replace(decision.prediction, ttft_ms=1e3 * (at_s - decision.at_s))
+    return msgspec.structs.replace(decision, prediction=prediction)
+
+
+def test_without_a_prediction_a_first_token_is_assumed_when_the_prefill_ahead_should_be_done() -> None:
+    router = router_of("plugins: [{type: token-load-scorer}]", pool_of(endpoints(1)))
+    first, second = (router.choose(asking(prompt(250, seed=i)), None, 0.0) for i in range(2))  # 16,000 tokens each
+    for decision in (first, second):
+        router.assume_first_token(decision)
+    router.choose(request(), None, 1.5)
+    assert charged_tokens(router) == [pytest.approx(16_000)]
+    router.choose(request(), None, 2.5)
+    assert charged_tokens(router) == [pytest.approx(0)]
+
+
+def test_how_long_a_prompt_takes_is_learnt_from_those_that_were_measured() -> None:
+    router = router_of("plugins: [{type: token-load-scorer}]", pool_of(endpoints(1)))
+    for i in range(3):
+        decision = router.choose(asking(prompt(250, seed=i)), None, float(10 * i))
+        router.finish(decision.ticket, streamed(ttft_ms=4000.0, e2e_ms=9000.0), 10.0 * i + 9)
+    router.assume_first_token(router.choose(asking(prompt(250, seed=9)), None, 100.0))
+    router.choose(request(), None, 103.9)
+    assert charged_tokens(router)[0] > 15_000
+    router.choose(request(), None, 104.1)
+    assert charged_tokens(router) == [pytest.approx(0)]
+
+
 def test_expected_first_tokens_come_with_the_next_choice() -> None:
     one = Recorder()
     router = made([one])
-    tickets = [router.choose(request(), None, 0.0).ticket for _ in range(3)]
-    for ticket, at_s in zip(tickets, (3.0, 1.0, 2.0), strict=True):
-        router.expect_first_token(ticket, at_s)
+    decisions = [router.choose(request(), None, 0.0) for _ in range(3)]
+    tickets = [decision.ticket for decision in decisions]
+    for decision, at_s in zip(decisions, (3.0, 1.0, 2.0), strict=True):
+        router.assume_first_token(due_at(decision, at_s))
     router.choose(request(), None, 2.0)
     told = [about for verb, about in one.calls if verb == "first_token"]
     assert told == [tickets[1], tickets[2]]
@@ -296,7 +328,7 @@ def test_an_expected_first_token_of_a_finished_request_is_forgotten() -> None:
     one = Recorder()
     router = made([one])
     decision = router.choose(request(), None, 0.0)
-    router.expect_first_token(decision.ticket, 5.0)
+    router.assume_first_token(due_at(decision, 5.0))
     router.finish(decision.ticket, streamed(), 1.0)
     router.choose(request(), None, 9.0)
     assert "first_token" not in one.verbs()
