@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (text, add_arguments, run) in COMMANDS.items():
-        sub = commands.add_parser(name, help=text, description=text)
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         add_arguments(sub)
         sub.set_defaults(run=run)
     args = parser.parse_args(argv)
@@ -37,9 +37,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
+    """As Go reads it."""
+    if text.lower() not in ("true", "t", "1", "false", "f", "0"):
         raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
-    return text.lower() == "true"
+    return text.lower() in ("true", "t", "1")
+
+
+def _switch(p: argparse.ArgumentParser, flag: str, default: bool, text: str) -> None:
+    """``--flag``, ``--flag=true``, ``--flag=false``."""
+    told = f"{text} ({'true' if default else 'false'})"
+    p.add_argument(flag, type=_boolean, default=default, nargs="?", const=True, metavar="BOOL", help=told)
+
+
+def _port(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text) or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 1 to 65535")
+    return int(text)
+
+
+def _bytes(text: str) -> int:
+    """A quantity of Kubernetes', with or without a B at its end, that gRPC can count to."""
+    try:
+        size = configs.quantity(text.removesuffix("B"))
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+    if not 1 <= size < 1 << 31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 1 and 2147483647 bytes")
+    return size
+
+
+def _gone(text: str) -> str:
+    raise argparse.ArgumentTypeError("no longer a flag: name metrics in engineConfigs of a core-metrics-extractor")
 
 
 def _seconds(text: str) -> float:
@@ -62,45 +90,72 @@ def _serve_arguments(p: argparse.ArgumentParser) -> None:
     source = p.add_mutually_exclusive_group()
     source.add_argument("--config-file", help="an EndpointPickerConfig; without one, the built-in default")
     source.add_argument("--config-text", help="the same as text")
-    p.add_argument("--allow-experimental-plugins", action="store_true", help="accept plugin types that are Alpha")
+    _switch(p, "--allow-experimental-plugins", False, "accept plugin types that are Alpha")
     _kubernetes_arguments(p)
     p.add_argument("--endpoints-file", default="", help="model servers, instead of the config's discovery")
     p.add_argument("--host", default="0.0.0.0", help="address of all three ports (%(default)s)")
-    p.add_argument("--grpc-port", type=int, default=9002, help="ext_proc and access logs (%(default)s)")
-    p.add_argument("--grpc-health-port", type=int, default=9003, help="gRPC health (%(default)s)")
-    p.add_argument("--metrics-port", type=int, default=9090, help="Prometheus (%(default)s)")
+    p.add_argument("--grpc-port", type=_port, default=9002, help="ext_proc, access logs, health (%(default)s)")
+    p.add_argument("--grpc-health-port", type=_port, default=9003, help="gRPC health (%(default)s)")
+    p.add_argument("--metrics-port", type=_port, default=9090, help="Prometheus (%(default)s)")
     _tls_arguments(p)
     p.add_argument("--drain-timeout", type=_seconds, default=30.0, metavar="DURATION", help="after SIGTERM (30s)")
     p.add_argument("--refresh-metrics-interval", type=_seconds, default=0.05, metavar="DURATION",
                    help="between two reads of one endpoint's metrics, at least 50ms (50ms)")  # fmt: skip
     p.add_argument("--metrics-staleness-threshold", type=_seconds, default=2.0, metavar="DURATION",
                    help="older metrics count as unknown (2s)")  # fmt: skip
-    p.add_argument("--disable-endpoint-subset-filter", action="store_true", help="ignore the proxy's subset hint")
-    p.add_argument("--emit-endpoint-scores", action="store_true", help="add all scores to the dynamic metadata")
-    p.add_argument("--max-request-body-bytes", type=int, default=8 << 20, metavar="N",
-                   help="a longer body is answered with 413 (%(default)s)")  # fmt: skip
-    p.add_argument("--tracing", type=_boolean, default=True, nargs="?", const=True, metavar="BOOL",
-                   help="OpenTelemetry, where OTEL_EXPORTER_OTLP_ENDPOINT is set (true)")  # fmt: skip
-    p.add_argument("--enable-grpc-stream-metrics", action="store_true", help="count ext_proc streams")
+    _switch(p, "--disable-endpoint-subset-filter", False, "ignore the proxy's subset hint")
+    _switch(p, "--emit-endpoint-scores", False, "add all scores to the dynamic metadata")
+    p.add_argument("--max-request-body-bytes", type=_bytes, default=8 << 20, metavar="SIZE",
+                   help="a longer body is answered with 413 (8Mi)")  # fmt: skip
+    p.add_argument("--grpc-max-recv-msg-size", type=_bytes, default=None, metavar="SIZE",
+                   help="a longer ext_proc message ends its stream (1Mi more than the longest body)")  # fmt: skip
+    p.add_argument("--grpc-max-send-msg-size", type=_bytes, default=None, metavar="SIZE", help="(unlimited)")
+    _switch(p, "--tracing", True, "OpenTelemetry, where OTEL_EXPORTER_OTLP_ENDPOINT is set")
+    _switch(p, "--enable-grpc-stream-metrics", False, "count ext_proc streams")
     p.add_argument("--outcome-log", default="", metavar="FILE",
                    help="append one JSON line per finished request: predicted and measured")  # fmt: skip
     p.add_argument("--predictor-state-dir", default="", metavar="DIR",
                    help="keep learned models and their samples here, so that a restart is warm")  # fmt: skip
     p.add_argument("--seed", type=int, default=None, help="make random choices repeatable")
+    _log_arguments(p)
+    _idle_arguments(p)
+
+
+def _log_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("-v", "--v", type=int, default=2, dest="verbosity", help="3 and more: debug (%(default)s)")
+    p.add_argument("--zap-log-level", default="", metavar="LEVEL",
+                   help="debug, info, error, panic, or a number as of -v, over which it wins")  # fmt: skip
+    p.add_argument("--zap-encoder", choices=("console", "json"), default="console", help="of logs (%(default)s)")
+
+
+def _idle_arguments(p: argparse.ArgumentParser) -> None:
+    """Flags of the reference that change nothing here, and some that it refuses itself."""
+    _switch(p, "--health-checking", False, "no effect: the ext_proc port always answers health checks too")
+    p.add_argument("--refresh-prometheus-metrics-interval", type=_seconds, default=5.0, metavar="DURATION",
+                   help="no effect: gauges are read when Prometheus asks")  # fmt: skip
+    _switch(p, "--enable-pprof", True, "no effect: there is no pprof; py-spy profiles a running process")
+    _switch(p, "--zap-devel", True, "no effect")
+    for flag in ("--zap-stacktrace-level", "--zap-time-encoding"):
+        p.add_argument(flag, default="", metavar="TEXT", help="no effect")
+    for name in (
+        "total-queued-requests",
+        "total-running-requests",
+        "kv-cache-usage-percentage",
+        "lora-info",
+        "cache-info",
+    ):
+        p.add_argument(f"--{name}-metric", type=_gone, default=None, help=argparse.SUPPRESS)
 
 
 def _tls_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--secure-serving", type=_boolean, default=True, nargs="?", const=True, metavar="BOOL",
-                   help="TLS on the ext_proc port, self-signed without --cert-path (true)")  # fmt: skip
+    _switch(p, "--secure-serving", True, "TLS on the ext_proc port, self-signed without --cert-path")
     p.add_argument("--cert-path", default="", help="folder with tls.crt and tls.key")
-    p.add_argument("--enable-cert-reload", action="store_true", help="use a renewed certificate without a restart")
+    _switch(p, "--enable-cert-reload", False, "use a renewed certificate without a restart")
     p.add_argument("--tls-min-version", default="", metavar="VERSION", help="VersionTLS12 or VersionTLS13")
     p.add_argument("--tls-cipher-suites", default="", metavar="LIST", help="IANA names, comma separated")
     p.add_argument("--metrics-cert-dir", default="", metavar="DIR", help="TLS on the metrics port: tls.crt, tls.key")
     p.add_argument("--metrics-client-ca-file", default="", metavar="FILE", help="... and clients must be signed by it")
-    p.add_argument("--metrics-endpoint-auth", type=_boolean, default=True, nargs="?", const=True, metavar="BOOL",
-                   help="in Kubernetes, ask the API server who may read metrics (true)")  # fmt: skip
+    _switch(p, "--metrics-endpoint-auth", True, "in Kubernetes, ask the API server who may read metrics")
     p.add_argument("--metrics-token-file", default="", metavar="FILE", help="bearer tokens that may, one a line")
     p.add_argument("--trusted-header-source", action="append", default=[], metavar="CIDR",
                    help="clients whose priority, SLO and routing headers count; repeatable (any)")  # fmt: skip
@@ -113,13 +168,13 @@ def _kubernetes_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--pool-group", default="inference.networking.k8s.io", help="API group of the pool (%(default)s)")
     p.add_argument("--endpoint-selector", default="", metavar="LABELS", help="pods without an InferencePool: a=b,c=d")
     p.add_argument("--endpoint-target-ports", type=_ports, default=(), metavar="PORTS", help="... 1 to 8, with commas")
-    p.add_argument("--ha-enable-leader-election", action="store_true", help="of several replicas one serves")
+    _switch(p, "--ha-enable-leader-election", False, "of several replicas one serves")
 
 
 def _ports(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
+        return tuple(_port(part.strip()) for part in text.split(","))
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of ports such as 8000,8001") from None
 
 
@@ -133,11 +188,11 @@ def _serve(args: argparse.Namespace) -> int:
     policy = read_policy(args.tls_min_version, args.tls_cipher_suites)
     policy.announce(os.environ)  # before gRPC is imported, which reads it only then
 
+    from llmd_sched import logs
     from llmd_sched.app import ServeSettings, serve
     from llmd_sched.extproc.server import ServerSettings
-    from llmd_sched.telemetry import set_up_logging
 
-    set_up_logging(args.verbosity)
+    logs.set_up(logs.level(args.zap_log_level, args.verbosity), args.zap_encoder)
     text = args.config_text or configs.DEFAULT_CONFIG
     settings = ServeSettings(
         config_text=_read_config(args.config_file) if args.config_file else text,
@@ -175,6 +230,8 @@ def _serve(args: argparse.Namespace) -> int:
             emit_scores=args.emit_endpoint_scores,
             stream_metrics=args.enable_grpc_stream_metrics,
         ),
+        grpc_max_receive_bytes=args.grpc_max_recv_msg_size,
+        grpc_max_send_bytes=args.grpc_max_send_msg_size,
     )
     uvloop.run(serve(settings))
     return 0
@@ -212,6 +269,8 @@ def _envoy_arguments(p: argparse.ArgumentParser) -> None:
                    help="with --fail-open: a model server to use then; may be given several times")  # fmt: skip
     p.add_argument("--config-file", default="", metavar="FILE",
                    help="the scheduler's configuration: its plugins may read or set further headers")  # fmt: skip
+    p.add_argument("--send-headers", action="store_true",
+                   help="lean path: always send request headers, as InferenceModelRewrites need it")  # fmt: skip
     p.add_argument("--tell-peer", action="store_true", help="for a scheduler with --trusted-header-source")
     p.add_argument("--admin-port", type=int, default=19000, help="0: no admin interface (%(default)s)")
     p.add_argument("--max-request-body-bytes", type=int, default=8 << 20, metavar="N", help="as the scheduler's")
@@ -225,16 +284,19 @@ def _host_port(text: str, flag: str) -> tuple[str, int]:
 
 
 def _headers_of(config_file: str) -> tuple[tuple[str, ...], bool]:
-    """Request headers a configuration's plugins read, and whether any of them sets some."""
+    """Request headers a configuration's plugins read, and whether the scheduler sets some, content-length included."""
     if not config_file:
         return (), False
     from llmd_sched.catalog import resolve
     from llmd_sched.plugin import Plugin
     from llmd_sched.sched.handlers import Handler
+    from llmd_sched.sched.objects import StaticObjects
 
     resolved = resolve(configs.load(_read_config(config_file)), allow_experimental=True)
     read = {name for plugin in resolved.kind(Plugin).values() for name in plugin.headers()}
-    return tuple(sorted(read)), any(handler.own_headers for handler in resolved.kind(Handler).values())
+    sets = any(handler.own_headers for handler in resolved.kind(Handler).values())
+    rewrites = any(objects.rewrites for objects in resolved.kind(StaticObjects).values())
+    return tuple(sorted(read)), sets or rewrites
 
 
 def _envoy_config(args: argparse.Namespace) -> int:
@@ -248,7 +310,7 @@ def _envoy_config(args: argparse.Namespace) -> int:
     settings = EnvoySettings(
         path=args.path,
         read_headers=read,
-        send_headers=sends,
+        send_headers=sends or args.send_headers,
         tell_peer=args.tell_peer,
         listen_host=host,
         listen_port=port,

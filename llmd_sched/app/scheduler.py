@@ -23,7 +23,6 @@ from typing import Any
 import msgspec
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
 from prometheus_client import CollectorRegistry
 
 from llmd_sched import config as configs
@@ -32,6 +31,7 @@ from llmd_sched.admin.decisions import Decisions
 from llmd_sched.admin.server import AdminServer
 from llmd_sched.app import gauges
 from llmd_sched.app.admission import FlowMetrics, flow_gate, shedding
+from llmd_sched.app.health import Health
 from llmd_sched.app.settings import MIN_SCRAPE_INTERVAL_S, ServeSettings
 from llmd_sched.app.source import source
 from llmd_sched.catalog import build_parsers, build_router, resolve
@@ -84,8 +84,8 @@ class Scheduler:
             self.resolved, self.pool, Random(settings.seed), ticket_prefix=secrets.token_hex(4) + "-"
         )
         self.telemetry = Telemetry(CollectorRegistry())
-        self.health = HealthServicer()
         self.source = source(self.resolved, settings, self.pool)
+        self.health = Health(electing=self.source.electing)
         self.decisions = Decisions()
         self.reading = reading(self.resolved.kind(Plugin))
         self.subscribers: list[Subscribers] = []
@@ -228,20 +228,20 @@ class Scheduler:
 
     async def _start_grpc(self) -> None:
         settings = self.settings
-        server = aio.server(options=settings.server.grpc_options)
+        server = aio.server(options=list(settings.grpc_options.items()))
         self._stack.push_async_callback(server.stop, 1.0)
         self.ext_proc.add_to(server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         address = f"{settings.host}:{settings.grpc_port}"
         if settings.secure_serving:
             credentials = grpc_credentials(settings.cert_path, reload=settings.cert_reload)
-            _bound(server.add_secure_port, address, credentials)
+            _bound(server.add_secure_port, address, "--grpc-port", credentials)
         else:
-            _bound(server.add_insecure_port, address)
+            _bound(server.add_insecure_port, address, "--grpc-port")
         health = aio.server(options=[("grpc.so_reuseport", 0)])
         self._stack.push_async_callback(health.stop, 0.5)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, health)
-        _bound(health.add_insecure_port, f"{settings.host}:{settings.health_port}")
+        _bound(health.add_insecure_port, f"{settings.host}:{settings.health_port}", "--grpc-health-port")
         await self._set_health()
         await server.start()
         await health.start()
@@ -261,11 +261,17 @@ class Scheduler:
             ssl_context=context,
         )
         self._stack.push_async_callback(admin.stop)
-        await admin.start(settings.host, settings.metrics_port)
+        try:
+            await admin.start(settings.host, settings.metrics_port)
+        except OSError as error:
+            raise OSError(f"{error} (--metrics-port)") from None
 
     def _authorize(self) -> Authorize | None:
         if self.settings.metrics_token_file:
-            return TokenFile(self.settings.metrics_token_file)
+            try:
+                return TokenFile(self.settings.metrics_token_file)
+            except ConfigError as error:
+                raise ConfigError(str(error), "--metrics-token-file") from None
         return (
             self.source.may_read_metrics
             if self.source.reviews_metrics and self.settings.metrics_endpoint_auth
@@ -331,17 +337,26 @@ class Scheduler:
         self._stack.callback(handler.close)
         return logger
 
-    async def stop(self) -> None:
-        """Drain, then stop in the reverse order of starting."""
+    async def stop(self, hurry: asyncio.Event | None = None) -> None:
+        """Drain, until ``hurry`` is set, then stop in the reverse order of starting. Who waits to be let in is told at
+        once that we stop, except where the source lingers and everything goes on."""
         self._ready = False
         await self._set_health()
         await self.source.step_down()
-        if self.gate is not None:
+        if self.gate is not None and not self.source.lingers:
             self.gate.stop()
         deadline_s = time.monotonic() + self.settings.drain_timeout_s
-        while time.monotonic() < deadline_s and (self.router.open or self.ext_proc.open_streams):
+        hurry = hurry or asyncio.Event()
+        while time.monotonic() < deadline_s and not hurry.is_set() and self._needed:
             await asyncio.sleep(DRAIN_LOOK_S)
+        if self.gate is not None:
+            self.gate.stop()
         await self._stack.aclose()
+
+    @property
+    def _needed(self) -> bool:
+        """While draining: something is open, or may still come."""
+        return self.source.lingers or bool(self.router.open or self.ext_proc.open_streams)
 
     def _gauges(self) -> Iterator[Gauge]:
         """Runs in the metrics server's thread, so it only reads."""
@@ -355,13 +370,13 @@ class Scheduler:
             yield from producer_gauges(producer, trainer, now_s)
 
 
-def _bound(add: object, address: str, *credentials: object) -> None:
+def _bound(add: object, address: str, flag: str, *credentials: object) -> None:
     try:
         port = add(address, *credentials)  # type: ignore[operator]
     except RuntimeError:
         port = 0
     if not port:
-        raise OSError(f"cannot listen on {address}: the port is in use, or not ours to open")
+        raise OSError(f"cannot listen on {address}: the port is in use, or not ours to open ({flag})")
 
 
 async def serve(settings: ServeSettings) -> None:
@@ -375,5 +390,6 @@ async def serve(settings: ServeSettings) -> None:
     gc.freeze()  # what is here now stays; the collector need not walk it again in the middle of a request
     log.info("serving with %d endpoints", len(scheduler.pool))
     await stop.wait()
-    log.info("draining for at most %g s", settings.drain_timeout_s)
-    await scheduler.stop()
+    stop.clear()
+    log.info("draining for at most %g s; another signal ends it", settings.drain_timeout_s)
+    await scheduler.stop(stop)

@@ -9,6 +9,8 @@ from llmd_sched.extproc.server import ServerSettings
 from llmd_sched.extproc.tls import TlsPolicy
 
 MIN_SCRAPE_INTERVAL_S = 0.05
+MAX_GRPC_BYTES = (1 << 31) - 1
+"""gRPC counts the bytes of a message with 32 bits."""
 
 
 class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,3 +54,16 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Where the predictors' models and windows outlive the process; empty = nowhere."""
     seed: int | None = None
     server: ServerSettings = ServerSettings()
+    grpc_max_receive_bytes: int | None = None
+    """Of one message to the ext_proc port; None = what a body of ``server.max_body_bytes`` needs."""
+    grpc_max_send_bytes: int | None = None
+
+    @property
+    def grpc_options(self) -> dict[str, int]:
+        """Of the ext_proc port."""
+        options = dict(self.server.grpc_options)
+        most = options["grpc.max_receive_message_length"]
+        options["grpc.max_receive_message_length"] = min(self.grpc_max_receive_bytes or most, MAX_GRPC_BYTES)
+        if self.grpc_max_send_bytes is not None:
+            options["grpc.max_send_message_length"] = self.grpc_max_send_bytes
+        return options

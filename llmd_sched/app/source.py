@@ -70,6 +70,8 @@ class Source:
         return True
 
     reviews_metrics = False
+    lingers = False
+    """Proxies send on until they have learned that we are not ready, so draining takes its full time."""
 
 
 class WatchedSource(Source):
@@ -93,7 +95,7 @@ class WatchedSource(Source):
 class KubeSource(Source):
     """An InferencePool, or pods by selector; with an elector only the leader is ready."""
 
-    reviews_metrics = True
+    reviews_metrics = lingers = True
 
     def __init__(
         self, settings: ServeSettings, pool: Pool, api: ApiClient, name: PoolName, spec: PoolSpec | None
@@ -111,8 +113,7 @@ class KubeSource(Source):
             lease_name = lease.lease_name(name.namespace, name.name)
             self._elector = Elector(api, name.namespace, lease_name, identity, self._led, rng)
 
-    def _led(self, leading: bool) -> None:
-        log.info("%s", "leading" if leading else "following")
+    def _led(self, _: bool) -> None:
         self.on_change()
 
     @property
@@ -150,12 +151,14 @@ def source(resolved: Resolved, settings: ServeSettings, pool: Pool) -> Source:
     """Raises ConfigError when nothing says where the endpoints are, or more than one thing does."""
     objects = next(iter(resolved.kind(StaticObjects).values()), NO_OBJECTS)
     label = settings.pool_name or DEFAULT_POOL_NAME
+    if settings.pool_name and settings.endpoint_selector:
+        raise ConfigError("give either --pool-name or --endpoint-selector, not both", "--pool-name")
     if settings.endpoints_file:
         params: Plugin = FileDiscovery(path=settings.endpoints_file, watch_file=True)
     elif resolved.discovery is not None:
         params = resolved.plugins[resolved.discovery].plugin
     else:
-        return _kube_source(settings, pool)
+        return _kube_source(resolved, settings, pool)
     watcher = DnsWatcher(params, pool) if isinstance(params, DnsDiscovery) else FileWatcher(_file(params), pool)
     if settings.leader_election:
         raise ConfigError("needs Kubernetes, where the lease is", "--ha-enable-leader-election")
@@ -167,7 +170,7 @@ def _file(params: Plugin) -> FileDiscovery:
     return params
 
 
-def _kube_source(settings: ServeSettings, pool: Pool) -> KubeSource:
+def _kube_source(resolved: Resolved, settings: ServeSettings, pool: Pool) -> KubeSource:
     named, selected = bool(settings.pool_name), bool(settings.endpoint_selector)
     if not named and not selected:
         raise ConfigError(
@@ -175,8 +178,8 @@ def _kube_source(settings: ServeSettings, pool: Pool) -> KubeSource:
             "--endpoints-file, or in Kubernetes with --pool-name or --endpoint-selector",
             "$.dataLayer.discovery",
         )
-    if named and selected:
-        raise ConfigError("give either --pool-name or --endpoint-selector, not both", "--pool-name")
+    for unused in resolved.kind(StaticObjects):
+        log.warning("%s is not used: in Kubernetes objectives and rewrites are objects of the API server", unused)
     api = client.in_cluster(os.environ)
     namespace = settings.pool_namespace or client.namespace_of(os.environ)
     if named:

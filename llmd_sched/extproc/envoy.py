@@ -6,7 +6,7 @@ Numbers come from the contract (routing cluster, health checks) and from what th
 On the lean path a request with a body of known length costs one message each way: its headers are not sent, the few
 that matter ride along with the body as attributes. Envoy then applies no header mutation, so the destination is read
 from the dynamic metadata, and a buffer filter behind ext_proc holds the headers back until the body is answered. All
-other requests (no body, unknown length, a model to be rewritten) send their headers too.
+other requests (no body, unknown length, a model to be rewritten, headers not to be trusted) send their headers too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import msgspec
 from llmd_sched import headers as names
 from llmd_sched.extproc.messages import ATTRIBUTES, PEER_ATTRIBUTE, header_attribute
 from llmd_sched.extproc.reply import TAIL_BYTES
+from llmd_sched.extproc.trust import SYSTEM
 
 _TYPE = "type.googleapis.com/"
 LB_CLUSTER, SCHED_CLUSTER, FALLBACK_CLUSTER = "model_servers", "scheduler", "fallback"
@@ -135,18 +136,21 @@ def _routes(settings: EnvoySettings) -> list[dict[str, Any]]:
     limits = {"timeout": "86400s", "idle_timeout": "86400s"}
     chosen: dict[str, Any] = {"match": {"prefix": "/"}, "route": {"cluster": LB_CLUSTER, **limits}}
     if not settings.fallback:
-        return [_body_only(chosen), chosen] if settings.path == "lean" and not settings.send_headers else [chosen]
+        lean = settings.path == "lean" and not settings.send_headers
+        return [_body_only(chosen, settings), chosen] if lean else [chosen]
     chosen["match"]["headers"] = [{"name": names.DESTINATION, "present_match": True}]
     return [chosen, {"match": {"prefix": "/"}, "route": {"cluster": FALLBACK_CLUSTER, **limits}}]
 
 
-def _body_only(route: dict[str, Any]) -> dict[str, Any]:
-    """The same route for requests whose body alone tells enough: POST, of known length, no model to rewrite."""
+def _body_only(route: dict[str, Any], settings: EnvoySettings) -> dict[str, Any]:
+    """The same route for requests whose body alone tells enough: POST, of known length, no model to rewrite, and no
+    header that may have to be taken off, as a stranger's is who steers the scheduler."""
     matches: list[dict[str, Any]] = [
         {"name": ":method", "string_match": {"exact": "POST"}},
         {"name": names.CONTENT_LENGTH, "range_match": {"start": 1, "end": 1 << 40}},
     ]
-    matches += [{"name": name, "present_match": True, "invert_match": True} for name in names.MODEL_REWRITE]
+    absent = sorted(SYSTEM) if settings.tell_peer else names.MODEL_REWRITE
+    matches += [{"name": name, "present_match": True, "invert_match": True} for name in absent]
     overrides = {"processing_mode": {**_LEAN_MODE, "request_header_mode": "SKIP"}}
     per_route = {"@type": _TYPE + "envoy.extensions.filters.http.ext_proc.v3.ExtProcPerRoute", "overrides": overrides}
     return {
@@ -164,6 +168,7 @@ def _clusters(settings: EnvoySettings) -> list[dict[str, Any]]:
                 "name": FALLBACK_CLUSTER,
                 "type": "STRICT_DNS",
                 "connect_timeout": "5s",
+                "circuit_breakers": _circuit_breakers(),
                 "load_assignment": _assignment(FALLBACK_CLUSTER, settings.fallback),
             }
         )
@@ -276,7 +281,6 @@ def _access_log(settings: EnvoySettings) -> dict[str, Any]:
 
 
 def _routing_cluster(settings: EnvoySettings) -> dict[str, Any]:
-    limit = 40000
     return {
         "name": LB_CLUSTER,
         "type": "ORIGINAL_DST",
@@ -284,17 +288,15 @@ def _routing_cluster(settings: EnvoySettings) -> dict[str, Any]:
         "connect_timeout": "5s",
         "per_connection_buffer_limit_bytes": _buffer_limit(settings),
         "original_dst_lb_config": _destination(settings),
-        "circuit_breakers": {
-            "thresholds": [
-                {
-                    "max_connections": limit,
-                    "max_pending_requests": limit,
-                    "max_requests": limit,
-                    "max_retries": 1024,
-                }
-            ]
-        },
+        "circuit_breakers": _circuit_breakers(),
     }
+
+
+def _circuit_breakers() -> dict[str, Any]:
+    """Without these Envoy refuses what is beyond 1024 at once; for the scheduler that is all who stream or wait."""
+    limit = 40000
+    thresholds = {"max_connections": limit, "max_pending_requests": limit, "max_requests": limit, "max_retries": 1024}
+    return {"thresholds": [thresholds]}
 
 
 def _destination(settings: EnvoySettings) -> dict[str, Any]:
@@ -309,6 +311,7 @@ def _scheduler_cluster(settings: EnvoySettings) -> dict[str, Any]:
         "name": SCHED_CLUSTER,
         "type": "STRICT_DNS",
         "connect_timeout": "5s",
+        "circuit_breakers": _circuit_breakers(),
         "per_connection_buffer_limit_bytes": _buffer_limit(settings),
         "typed_extension_protocol_options": {
             "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {

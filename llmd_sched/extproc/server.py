@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 EXT_PROC = "envoy.service.ext_proc.v3.ExternalProcessor"
 ACCESS_LOG = "envoy.service.accesslog.v3.AccessLogService"
 
+MAX_STREAMS = 100_000
+"""At once, of one connection of Envoy's; flow control lets requests wait in theirs."""
 GRPC_OVERHEAD_BYTES = 1 << 20
 """A message holds a whole body on the lean path, and its headers."""
 
@@ -49,7 +51,10 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
             ("grpc.max_receive_message_length", self.max_body_bytes + GRPC_OVERHEAD_BYTES),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),
-            ("grpc.max_concurrent_streams", 100_000),
+            ("grpc.max_concurrent_streams", MAX_STREAMS),
+            # By default gRPC cancels some at random once 1000 have come that we have not begun with: a 500 each.
+            ("grpc.server.max_pending_requests", MAX_STREAMS),
+            ("grpc.server.max_pending_requests_hard_limit", MAX_STREAMS),
         ]
 
 
@@ -76,7 +81,6 @@ class ExtProcServer:
         self.open_streams = 0
         self._streams: dict[str, _Stream] = {}
         """Ticket -> its stream on the duplex path, where a request under way can be ended."""
-        self._evicting: set[asyncio.Task[None]] = set()
 
     def add_to(self, server: aio.Server) -> None:
         server.add_generic_rpc_handlers(handlers(self.process, self.access_logs))
@@ -87,13 +91,15 @@ class ExtProcServer:
         self.open_streams += 1
         began_s, code = time.perf_counter(), "CANCELLED"
         try:
-            while not stream.session.done and (message := await context.read()) is not aio.EOF:
+            while not stream.session.done and (message := await stream.read()) is not aio.EOF:
                 stream.delivered = False
                 for reply in await stream.receive(message):
                     await context.write(reply)
                 stream.delivered = True
                 if stream.ticket is not None and stream.session.path is Path.DUPLEX:
                     self._streams[stream.ticket] = stream
+            for reply in stream.last_words:
+                await context.write(reply)
             code = "OK"
         finally:
             self.open_streams -= 1
@@ -124,9 +130,7 @@ class ExtProcServer:
         stream = self._streams.pop(ticket, None)
         if stream is None or stream.session.done:
             return False
-        task = asyncio.create_task(stream.evict())
-        self._evicting.add(task)
-        task.add_done_callback(self._evicting.discard)
+        stream.evict()
         return True
 
     async def access_logs(
@@ -150,11 +154,27 @@ class _Stream:
         self.ticket: str | None = None
         self.delivered = True
         """Envoy has all our replies so far."""
+        self.last_words: Sequence[ProcessingResponse] = ()
+        """To be sent before the stream ends, of a request that was evicted."""
         self._context = context
+        self._reader: asyncio.Task[Any] | None = None
+        """Who waits for Envoy's next message, while somebody does."""
         self._path = ""
         self._itl_s: Bins | None = None
         self._last_chunk_s: float | None = None
         self._reply_cost_s = 0.0
+
+    async def read(self) -> Any:
+        """Envoy's next message; EOF when there is none, or an eviction has put an end to it."""
+        self._reader = asyncio.current_task()
+        try:
+            return await self._context.read()
+        except asyncio.CancelledError:
+            if not self.last_words or (self._reader is not None and self._reader.uncancel()):
+                raise  # Envoy has left
+            return aio.EOF
+        finally:
+            self._reader = None
 
     async def receive(self, message: ProcessingRequest) -> list[ProcessingResponse]:
         began_s = time.perf_counter()
@@ -212,11 +232,12 @@ class _Stream:
             self.picker.learn(ticket, self._path, event)
             self.picker.finish(ticket, event.outcome)
 
-    async def evict(self) -> None:
-        """Envoy resets the stream upon this, which ends the loop that reads it."""
+    def evict(self) -> None:
+        """It has ended for us. The loop that reads the stream says so to Envoy, since only one may write at a time."""
         self._replies(self.session.peer_closed(self.picker.clock(), End.EVICTED))
-        for reply in self.session.refused(Evicted()):
-            await self._context.write(reply)
+        self.last_words = self._replies(self.session.refused(Evicted()))
+        if self._reader is not None:
+            self._reader.cancel()
 
     def closed(self) -> None:
         """Exactly once, whatever happened: an open request that nobody will report on is given back now."""

@@ -35,7 +35,8 @@ MAX_SLO_MS = 86_400_000.0
 
 
 _CANNOT_REWRITE = (
-    "the model name is to be rewritten, which changes content-length; send such requests with request_header_mode SEND"
+    "the model name is to be rewritten, which changes content-length; send such requests with "
+    "request_header_mode SEND (envoy-config --send-headers)"
 )
 
 

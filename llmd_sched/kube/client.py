@@ -1,11 +1,13 @@
 """A REST client for the Kubernetes API: requests with a bound on time and size, and watch streams.
 
-Inside a pod the address comes from the environment, the token and the authority from the service account's folder.
-The token is read again every TOKEN_EVERY_S and after a 401, because it expires; the authority is read once.
+Inside a pod the address comes from the environment, the token and the authority from the service account's folder;
+outside one, LLMD_KUBE_API may name a server, ``kubectl proxy`` for instance. The token is read again every
+TOKEN_EVERY_S and after a 401, because it expires; the authority is read once.
 """
 
 from __future__ import annotations
 
+import re
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -18,6 +20,8 @@ import msgspec
 
 from llmd_sched.errors import ConfigError, SchedError
 
+API_VARIABLE = "LLMD_KUBE_API"
+"""``http://HOST:PORT`` of an API server that asks for no token, as ``kubectl proxy`` does; wins over the pod's own."""
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 TOKEN_EVERY_S = 60.0
 CONNECT_TIMEOUT_S = 5.0
@@ -148,7 +152,12 @@ async def _message(response: aiohttp.ClientResponse) -> str:
 
 
 def in_cluster(environ: Mapping[str, str], folder: Path = SERVICE_ACCOUNT) -> ApiClient:
-    """The client of a pod. Raises ConfigError when this is none."""
+    """The client of a pod, or of the server API_VARIABLE names. Raises ConfigError when there is neither."""
+    named = environ.get(API_VARIABLE, "")
+    if named:
+        if not re.fullmatch(r"http://[^/?#@]+:[0-9]{1,5}/?", named):
+            raise ConfigError(f"{named!r} is not http://HOST:PORT, such as kubectl proxy listens on", API_VARIABLE)
+        return ApiClient(named)
     host, port = environ.get("KUBERNETES_SERVICE_HOST", ""), environ.get("KUBERNETES_SERVICE_PORT", "443")
     if not host:
         raise ConfigError(

@@ -41,10 +41,10 @@ def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT; 0 after a clean stop."""
     import uvloop
 
+    from llmd_sched import logs
     from llmd_sched.predict_server.service import Settings
-    from llmd_sched.telemetry import set_up_logging
 
-    set_up_logging(args.verbosity)
+    logs.set_up(logs.level("", args.verbosity))
     settings = Settings(
         host=args.host,
         port=args.port,

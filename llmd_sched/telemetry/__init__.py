@@ -1,4 +1,4 @@
-"""All Prometheus names, and log set-up. Names, labels and buckets are the reference's where it has them.
+"""All Prometheus names. Names, labels and buckets are the reference's where it has them.
 
 Code that decides never counts: the driver observes each request once it is decided and once it has ended, and
 collectors pull the rest from live objects when they are scraped.
@@ -11,8 +11,6 @@ collectors pull the rest from live objects when they are scraped.
 """
 
 from __future__ import annotations
-
-import logging
 
 from llmd_sched.telemetry.book import CONTENT_TYPE
 from llmd_sched.telemetry.names import LATENCY_S, LONG_TPOT_S, PREDICTION_S
@@ -34,13 +32,4 @@ __all__ = [
     "Values",
     "pool_gauges",
     "pulled",
-    "set_up_logging",
 ]
-
-
-def set_up_logging(verbosity: int) -> None:
-    """``-v`` as the reference counts it: 0-2 info, 3 and more debug. To standard error."""
-    logging.basicConfig(
-        level=logging.DEBUG if verbosity >= 3 else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )

@@ -10,7 +10,7 @@ import asyncio
 import json
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
@@ -19,26 +19,43 @@ from typing import Any
 import grpc
 import pytest
 from grpc import aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from llmd_sched import config as configs
 from llmd_sched.app import Scheduler, ServeSettings
 from llmd_sched.catalog import build_parsers, build_router, resolve
 from llmd_sched.extproc.observer import Observer
-from llmd_sched.extproc.server import ACCESS_LOG, EXT_PROC, ExtProcServer, ServerSettings
+from llmd_sched.extproc.server import EXT_PROC, ExtProcServer, ServerSettings
 from llmd_sched.extproc.service import EndpointPicker
 from llmd_sched.pool.pool import Load, Pool
 from llmd_sched.stack import free_ports
 from llmd_sched.telemetry import Telemetry
 from llmd_sched.types import Endpoint
-from llmd_sched.wire import accesslog_pb2, als_pb2, core_pb2, ext_proc_pb2, processing_mode_pb2
-
-Message = ext_proc_pb2.ProcessingRequest
-Reply = ext_proc_pb2.ProcessingResponse
-
-PATIENCE_S = 10.0
-"""How long anything may take before a test gives up. Nothing waits that long unless it is broken."""
+from llmd_sched.wire import accesslog_pb2
+from tests.envoy_stream import CHANNEL_OPTIONS, PATIENCE_S, Stream, access_log, exchange, until
+from tests.integration.conftest import health, running, until_health
+from tests.messages import (
+    BODY,
+    DUPLEX,
+    LEAN,
+    RAW,
+    Message,
+    Reply,
+    answered,
+    asked,
+    destination,
+    entry,
+    kinds,
+    reference_headers,
+    refused,
+    request_body,
+    response_body,
+    response_headers,
+    response_trailers,
+    set_by,
+    stream_headers,
+    streamed,
+)
 
 HEAD = "apiVersion: llm-d.ai/v1alpha1\nkind: EndpointPickerConfig\n"
 PASSTHROUGH = (
@@ -49,15 +66,6 @@ requestHandler: {parsers: [{pluginRef: passthrough-parser}]}
 """
 )
 LEAST_REQUESTS = HEAD + "plugins: [{type: active-request-scorer}, {type: max-score-picker}]\n"
-
-BODY = {"model": "m", "prompt": "hello", "max_tokens": 5}
-RAW = json.dumps(BODY).encode()
-
-
-async def until(what: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not what():
-            await asyncio.sleep(0.01)
 
 
 # --- a server, and a stream to it -------------------------------------------------------------------------------------
@@ -90,14 +98,7 @@ class Served:
         await until(lambda: not self.router.open and not self.server.open_streams)
 
     async def access_log(self, *entries: accesslog_pb2.HTTPAccessLogEntry) -> None:
-        call = self.channel.stream_unary(
-            f"/{ACCESS_LOG}/StreamAccessLogs",
-            als_pb2.StreamAccessLogsMessage.SerializeToString,
-            als_pb2.StreamAccessLogsResponse.FromString,
-        )
-        batch = als_pb2.StreamAccessLogsMessage()
-        batch.http_logs.log_entry.extend(entries)
-        await call([batch], timeout=PATIENCE_S)
+        await access_log(self.channel, *entries)
 
 
 @asynccontextmanager
@@ -113,135 +114,14 @@ async def serving(
     served.server.add_to(server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
     try:
-        async with aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
+        async with aio.insecure_channel(f"127.0.0.1:{port}", options=CHANNEL_OPTIONS) as channel:
             served.channel = channel
             yield served
     finally:
         await server.stop(0.2)
 
 
-class Stream:
-    """One ext_proc stream, as Envoy holds it."""
-
-    def __init__(self, channel: aio.Channel) -> None:
-        method = channel.stream_stream(f"/{EXT_PROC}/Process", Message.SerializeToString, Reply.FromString)
-        self.call = method(timeout=PATIENCE_S)
-
-    async def send(self, *messages: Message) -> None:
-        for message in messages:
-            await self.call.write(message)
-
-    async def replies(self, count: int) -> list[Reply]:
-        got = []
-        while len(got) < count:
-            reply = await self.call.read()
-            assert reply is not aio.EOF, f"the server closed after {len(got)} of {count} replies"
-            got.append(reply)
-        return got
-
-    async def rest(self) -> list[Reply]:
-        """Say that nothing follows; everything that still comes."""
-        await self.call.done_writing()
-        return await self.to_the_end()
-
-    async def to_the_end(self) -> list[Reply]:
-        """Everything that comes until the server closes."""
-        got = []
-        while (reply := await self.call.read()) is not aio.EOF:
-            got.append(reply)
-        return got
-
-
-async def exchange(served: Served, *messages: Message) -> list[Reply]:
-    """All replies to a whole stream of messages. The server may close before it has read them all."""
-    stream = served.stream()
-    try:
-        await stream.send(*messages)
-        return await stream.rest()
-    except asyncio.InvalidStateError:
-        return await stream.to_the_end()
-
-
-# --- messages ---------------------------------------------------------------------------------------------------------
-
-
-def header_map(values: dict[str, str]) -> core_pb2.HeaderMap:
-    return core_pb2.HeaderMap(headers=[core_pb2.HeaderValue(key=k, raw_value=v.encode()) for k, v in values.items()])
-
-
-def headers(
-    mode: str = "FULL_DUPLEX_STREAMED", end: bool = False, path: str = "/v1/completions", **extra: str
-) -> Message:
-    """Headers as in the reference's tests; ``x_model="m"`` becomes ``x-model: m``."""
-    values = {":path": path, ":method": "POST", "hi": "mom", "x-request-id": "test-request-id"}
-    values |= {k.replace("_", "-"): v for k, v in extra.items()}
-    message = Message(request_headers=ext_proc_pb2.HttpHeaders(headers=header_map(values), end_of_stream=end))
-    message.protocol_config.request_body_mode = processing_mode_pb2.ProcessingMode.BodySendMode.Value(mode)
-    return message
-
-
-def body(data: bytes, end: bool = True, subset: Any = None) -> Message:
-    message = Message(request_body=ext_proc_pb2.HttpBody(body=data, end_of_stream=end))
-    if subset is not None:
-        spaces = message.metadata_context.filter_metadata
-        spaces["envoy.lb.subset_hint"].update({"x-gateway-destination-endpoint-subset": subset})
-    return message
-
-
-def response_headers(content_type: str = "application/json", status: str = "200") -> Message:
-    values = {":status": status, "content-type": content_type}
-    return Message(response_headers=ext_proc_pb2.HttpHeaders(headers=header_map(values)))
-
-
-def response_body(data: bytes, end: bool = False) -> Message:
-    return Message(response_body=ext_proc_pb2.HttpBody(body=data, end_of_stream=end))
-
-
-def asked(
-    mode: str = "FULL_DUPLEX_STREAMED", data: bytes = RAW, subset: Any = None, **extra: str
-) -> tuple[Message, ...]:
-    return headers(mode, **extra), body(data, subset=subset)
-
-
-# --- what replies say -------------------------------------------------------------------------------------------------
-
-
-def kinds(replies: list[Reply]) -> list[str]:
-    return [reply.WhichOneof("response") or "" for reply in replies]
-
-
-def set_by(reply: Reply) -> dict[str, str]:
-    mutation = getattr(reply, reply.WhichOneof("response") or "").response.header_mutation
-    return {h.header.key: h.header.raw_value.decode() for h in mutation.set_headers}
-
-
-def streamed(replies: list[Reply], kind: str) -> tuple[bytes, list[bool]]:
-    """All bytes of the body replies of this kind, and the end marks one by one."""
-    pieces = [
-        getattr(r, kind).response.body_mutation.streamed_response for r in replies if r.WhichOneof("response") == kind
-    ]
-    return b"".join(p.body for p in pieces), [p.end_of_stream for p in pieces]
-
-
-def destination(replies: list[Reply]) -> str:
-    """Where the request goes, from header and metadata, which must agree."""
-    (reply,) = [r for r in replies if r.HasField("dynamic_metadata")]
-    told = set_by(reply)["x-gateway-destination-endpoint"]
-    assert reply.dynamic_metadata["envoy.lb"]["x-gateway-destination-endpoint"] == told
-    return told
-
-
-def refused(replies: list[Reply]) -> tuple[int, str, dict[str, str]]:
-    (reply,) = [r for r in replies if r.WhichOneof("response") == "immediate_response"]
-    assert reply is replies[-1]
-    immediate = reply.immediate_response
-    told = {h.header.key: h.header.raw_value.decode() for h in immediate.headers.set_headers}
-    return int(immediate.status.code), immediate.body.decode(), told
-
-
-LEAN, DUPLEX = "BUFFERED", "FULL_DUPLEX_STREAMED"
 both = pytest.mark.parametrize("mode", [LEAN, DUPLEX])
 
 # --- the reference's cases --------------------------------------------------------------------------------------------
@@ -250,7 +130,7 @@ both = pytest.mark.parametrize("mode", [LEAN, DUPLEX])
 @both
 async def test_the_pod_with_the_shorter_queue_and_the_emptier_cache_is_chosen(mode: str) -> None:
     async with serving([(3, 0.2), (0, 0.1), (10, 0.2)]) as served:
-        replies = await exchange(served, *asked(mode))
+        replies = await exchange(served.channel, *asked(mode))
         assert destination(replies) == "192.168.1.2:8000"
         assert served.sample("request_total", model_name="m") == 1
 
@@ -270,11 +150,11 @@ async def test_the_duplex_replies_are_headers_then_the_body_as_it_came() -> None
 async def test_the_lean_replies_let_the_headers_pass_then_change_headers_and_end_the_stream() -> None:
     async with serving() as served:
         stream = served.stream()
-        await stream.send(headers(LEAN))
+        await stream.send(reference_headers(LEAN))
         (first,) = await stream.replies(1)
         assert kinds([first]) == ["request_headers"]
         assert set_by(first) == {}
-        await stream.send(body(RAW))
+        await stream.send(request_body(RAW, end=True))
         (second,) = await stream.replies(1)
         assert kinds([second]) == ["request_body"]
         assert set(set_by(second)) == {"x-gateway-destination-endpoint"}
@@ -289,14 +169,14 @@ async def test_the_lean_replies_let_the_headers_pass_then_change_headers_and_end
 @both
 async def test_saturated_pods_still_get_requests(mode: str) -> None:
     async with serving([(10, 0.9), (10, 0.9)]) as served:
-        assert destination(await exchange(served, *asked(mode))).startswith("192.168.1.")
+        assert destination(await exchange(served.channel, *asked(mode))).startswith("192.168.1.")
 
 
 @both
 async def test_the_passthrough_parser_routes_any_bytes_by_load_and_leaves_them_alone(mode: str) -> None:
     data = b"no JSON \x00\xff"
     async with serving([(6, 0.2), (0, 0.1), (6, 0.2)], PASSTHROUGH) as served:
-        replies = await exchange(served, *asked(mode, data))
+        replies = await exchange(served.channel, *asked(mode, data))
         assert destination(replies) == "192.168.1.2:8000"
         assert streamed(replies, "request_body")[0] == (data if mode == DUPLEX else b"")
         assert served.sample("request_total", model_name="", target_model_name="") == 1
@@ -305,7 +185,7 @@ async def test_the_passthrough_parser_routes_any_bytes_by_load_and_leaves_them_a
 @both
 async def test_a_body_that_is_no_json_is_refused(mode: str) -> None:
     async with serving() as served:
-        status, text, told = refused(await exchange(served, *asked(mode, b"no healthy JSON")))
+        status, text, told = refused(await exchange(served.channel, *asked(mode, b"no healthy JSON")))
         assert status == 400
         assert text.startswith("inference error: BadRequest - error unmarshaling request bodyMap: ")
         assert "x-llm-d-request-dropped-reason" not in told
@@ -315,7 +195,7 @@ async def test_a_body_that_is_no_json_is_refused(mode: str) -> None:
 @both
 async def test_a_request_without_a_model_is_refused(mode: str) -> None:
     async with serving() as served:
-        replies = await exchange(served, *asked(mode, b'{"prompt": "hello"}'))
+        replies = await exchange(served.channel, *asked(mode, b'{"prompt": "hello"}'))
         assert refused(replies)[:2] == (400, "inference error: BadRequest - model not found in request body")
 
 
@@ -324,7 +204,9 @@ async def test_a_body_split_over_chunks_is_put_together_and_its_model_rewritten(
     wanted = RAW.replace(b'"m"', b'"sql-lora-1fdg2"')
     async with serving([(4, 0.2), (4, 0.2)]) as served:
         stream = served.stream()
-        await stream.send(headers(**{name: "sql-lora-1fdg2"}), body(RAW[:11], end=False), body(RAW[11:]))
+        await stream.send(
+            reference_headers(**{name: "sql-lora-1fdg2"}), request_body(RAW[:11]), request_body(RAW[11:], end=True)
+        )
         replies = await stream.replies(2)
         assert streamed(replies, "request_body") == (wanted, [True])
         assert set_by(replies[0])["content-length"] == str(len(wanted))
@@ -334,7 +216,7 @@ async def test_a_body_split_over_chunks_is_put_together_and_its_model_rewritten(
 async def test_the_lean_path_sends_a_rewritten_body_with_its_length() -> None:
     wanted = RAW.replace(b'"m"', b'"longer-than-before"')
     async with serving() as served:
-        replies = await exchange(served, *asked(LEAN, x_llm_d_model_name_rewrite="longer-than-before"))
+        replies = await exchange(served.channel, *asked(LEAN, x_llm_d_model_name_rewrite="longer-than-before"))
         assert replies[-1].request_body.response.body_mutation.body == wanted
         assert set_by(replies[-1])["content-length"] == str(len(wanted))
 
@@ -342,14 +224,14 @@ async def test_the_lean_path_sends_a_rewritten_body_with_its_length() -> None:
 @both
 async def test_a_request_without_a_body_and_without_pods_is_an_internal_error(mode: str) -> None:
     async with serving([]) as served:
-        replies = await exchange(served, headers(mode, end=True))
+        replies = await exchange(served.channel, reference_headers(mode, end=True))
         assert refused(replies)[:2] == (500, "inference error: Internal - no pods available in datastore")
 
 
 @both
 async def test_a_request_without_pods_is_refused_for_want_of_endpoints(mode: str) -> None:
     async with serving([]) as served:
-        status, text, told = refused(await exchange(served, *asked(mode)))
+        status, text, told = refused(await exchange(served.channel, *asked(mode)))
         assert (status, told["x-llm-d-request-dropped-reason"]) == (503, "rejected-no-endpoints")
         assert text == (
             "inference error: ServiceUnavailable - failed to find endpoint candidates for serving the request"
@@ -360,7 +242,7 @@ async def test_a_request_without_pods_is_refused_for_want_of_endpoints(mode: str
 async def test_a_get_goes_to_any_pod_and_is_not_followed(mode: str) -> None:
     async with serving() as served:
         stream = served.stream()
-        await stream.send(headers(mode, end=True, path="/v1/models"))
+        await stream.send(reference_headers(mode, end=True, path="/v1/models"))
         replies = await stream.replies(1)
         assert destination(replies) in ("192.168.1.1:8000", "192.168.1.2:8000")
         assert set(set_by(replies[0])) == {"x-gateway-destination-endpoint"}
@@ -381,26 +263,26 @@ async def test_a_get_goes_to_any_pod_and_is_not_followed(mode: str) -> None:
 )
 async def test_the_best_pod_of_the_subset_is_chosen(mode: str, subset: Any, chosen: str) -> None:
     async with serving([(8, 0.2), (0, 0.1), (5, 0.2)]) as served:
-        assert destination(await exchange(served, *asked(mode, subset=subset))) == chosen
+        assert destination(await exchange(served.channel, *asked(mode, subset=subset))) == chosen
 
 
 @both
 @pytest.mark.parametrize("subset", [["192.168.1.9:8000"], [], ""])
 async def test_a_subset_without_a_pod_is_refused(mode: str, subset: Any) -> None:
     async with serving() as served:
-        status, _, told = refused(await exchange(served, *asked(mode, subset=subset)))
+        status, _, told = refused(await exchange(served.channel, *asked(mode, subset=subset)))
         assert (status, told["x-llm-d-request-dropped-reason"]) == (503, "rejected-no-endpoints")
 
 
 async def test_the_subset_can_be_ignored() -> None:
     async with serving([(8, 0.2), (0, 0.1)], honour_subset=False) as served:
-        assert destination(await exchange(served, *asked(subset=["192.168.1.1:8000"]))) == "192.168.1.2:8000"
+        assert destination(await exchange(served.channel, *asked(subset=["192.168.1.1:8000"]))) == "192.168.1.2:8000"
 
 
 @both
 async def test_an_unknown_objective_is_served_all_the_same(mode: str) -> None:
     async with serving([(3, 0.2), (0, 0.1)]) as served:
-        replies = await exchange(served, *asked(mode, x_gateway_inference_objective="never-heard-of"))
+        replies = await exchange(served.channel, *asked(mode, x_gateway_inference_objective="never-heard-of"))
         assert destination(replies) == "192.168.1.2:8000"
         assert served.sample("request_total", priority="0") == 1
 
@@ -409,7 +291,7 @@ async def test_an_unknown_objective_is_served_all_the_same(mode: str) -> None:
 @pytest.mark.parametrize("on", [False, True])
 async def test_scores_of_all_candidates_are_told_when_asked_for(mode: str, on: bool) -> None:
     async with serving([(3, 0.2), (0, 0.1)], emit_scores=on) as served:
-        (reply,) = [r for r in await exchange(served, *asked(mode)) if r.HasField("dynamic_metadata")]
+        (reply,) = [r for r in await exchange(served.channel, *asked(mode)) if r.HasField("dynamic_metadata")]
         told = reply.dynamic_metadata["envoy.lb"]
         assert ("x-gateway-destination-endpoint-scores" in told) is on
         if on:
@@ -460,7 +342,7 @@ async def test_the_tokens_of_a_stream_are_counted() -> None:
         stream = served.stream()
         await stream.send(*asked(data=json.dumps({**BODY, "stream": True}).encode()))
         await stream.replies(2)
-        await stream.send(response_headers("text/event-stream"))
+        await stream.send(stream_headers())
         await stream.replies(1)
         for event in events:
             await stream.send(response_body(event, end=event is events[-1]))
@@ -484,10 +366,9 @@ async def test_the_engines_error_is_passed_on_and_counted() -> None:
 
 
 async def test_a_reply_that_ends_with_trailers_is_answered_to_its_end() -> None:
-    trailers = Message(response_trailers=ext_proc_pb2.HttpTrailers(trailers=header_map({"grpc-status": "0"})))
     async with serving() as served:
         stream = served.stream()
-        await stream.send(*asked(), response_headers(), response_body(b"abc"), trailers)
+        await stream.send(*asked(), response_headers(), response_body(b"abc"), response_trailers())
         replies = await stream.to_the_end()
         assert kinds(replies)[2:] == ["response_headers", "response_body", "response_trailers"]
         await served.idle()
@@ -505,29 +386,29 @@ async def test_a_second_request_sees_that_the_first_is_open() -> None:
         assert destination(await second.replies(2)) != there
         await first.send(response_headers(), response_body(b"{}", end=True))
         await until(lambda: len(served.router.open) == 1)
-        assert destination(await exchange(served, *asked())) == there
+        assert destination(await exchange(served.channel, *asked())) == there
         second.call.cancel()
         await served.idle()
 
 
 async def test_the_lean_path_sees_open_requests_too_until_they_are_reported() -> None:
     async with serving(text=LEAST_REQUESTS) as served:
-        there = destination(await exchange(served, *asked(LEAN)))
+        there = destination(await exchange(served.channel, *asked(LEAN)))
         (ticket,) = served.router.open
-        other = destination(await exchange(served, *asked(LEAN)))
+        other = destination(await exchange(served.channel, *asked(LEAN)))
         assert other != there
         await served.access_log(entry(ticket))
-        assert destination(await exchange(served, *asked(LEAN))) == there
+        assert destination(await exchange(served.channel, *asked(LEAN))) == there
 
 
 @pytest.mark.parametrize("done", ["headers", "half a body", "routed", "reply headers", "half a reply"])
 async def test_a_client_that_goes_releases_everything(done: str) -> None:
     steps: dict[str, tuple[list[Message], int]] = {
-        "headers": ([headers()], 0),
-        "half a body": ([headers(), body(b"{", end=False)], 0),
+        "headers": ([reference_headers()], 0),
+        "half a body": ([reference_headers(), request_body(b"{")], 0),
         "routed": ([*asked()], 2),
-        "reply headers": ([*asked(), response_headers("text/event-stream")], 3),
-        "half a reply": ([*asked(), response_headers("text/event-stream"), response_body(b"data: 1\n\n")], 4),
+        "reply headers": ([*asked(), stream_headers()], 3),
+        "half a reply": ([*asked(), stream_headers(), response_body(b"data: 1\n\n")], 4),
     }
     messages, answers = steps[done]
     async with serving() as served:
@@ -539,13 +420,13 @@ async def test_a_client_that_goes_releases_everything(done: str) -> None:
         stream.call.cancel()
         await served.idle()
         assert served.sample("request_error_total", error_code="aborted") == (answers > 0)
-        assert destination(await exchange(served, *asked())).startswith("192.168.1.")
+        assert destination(await exchange(served.channel, *asked())).startswith("192.168.1.")
 
 
 async def test_a_proxy_that_stops_writing_in_mid_request_releases_everything() -> None:
     async with serving() as served:
-        assert await exchange(served, headers(), body(b"{", end=False)) == []
-        assert kinds(await exchange(served, *asked())) == ["request_headers", "request_body"]
+        assert await exchange(served.channel, reference_headers(), request_body(b"{")) == []
+        assert kinds(await exchange(served.channel, *asked())) == ["request_headers", "request_body"]
         await served.idle()
 
 
@@ -577,7 +458,7 @@ async def test_a_request_whose_answer_could_not_be_delivered_is_given_back(mode:
 async def test_many_requests_at_once_are_all_answered() -> None:
     async with serving() as served:
         modes = [LEAN if i % 2 else DUPLEX for i in range(100)]
-        answers = await asyncio.gather(*(exchange(served, *asked(mode)) for mode in modes))
+        answers = await asyncio.gather(*(exchange(served.channel, *asked(mode)) for mode in modes))
         assert all(destination(replies) for replies in answers)
         await until(lambda: len(served.router.open) == modes.count(LEAN))
         await served.access_log(*(entry(ticket) for ticket in list(served.router.open)))
@@ -590,15 +471,15 @@ async def test_a_body_as_long_as_the_limit_passes_and_a_longer_one_is_refused(mo
     room = limit - len(json.dumps({**BODY, "prompt": ""}))
     async with serving(max_body_bytes=limit) as served:
         fits = json.dumps({**BODY, "prompt": "x" * room}).encode()
-        assert destination(await exchange(served, *asked(mode, fits)))
+        assert destination(await exchange(served.channel, *asked(mode, fits)))
         too_long = json.dumps({**BODY, "prompt": "x" * (room + 1)}).encode()
-        assert refused(await exchange(served, *asked(mode, too_long)))[0] == 413
+        assert refused(await exchange(served.channel, *asked(mode, too_long)))[0] == 413
 
 
 @pytest.mark.parametrize("mode", ["NONE", "STREAMED", "BUFFERED_PARTIAL"])
 async def test_a_mode_we_do_not_speak_is_refused(mode: str) -> None:
     async with serving() as served:
-        status, text, _ = refused(await exchange(served, headers(mode)))
+        status, text, _ = refused(await exchange(served.channel, reference_headers(mode)))
         assert status == 500
         assert f"request_body_mode {mode} is not supported" in text
 
@@ -606,21 +487,10 @@ async def test_a_mode_we_do_not_speak_is_refused(mode: str) -> None:
 # --- access logs ------------------------------------------------------------------------------------------------------
 
 
-def entry(ticket: str, **noted: Any) -> accesslog_pb2.HTTPAccessLogEntry:
-    made = accesslog_pb2.HTTPAccessLogEntry()
-    common = made.common_properties
-    common.start_time.seconds = 1_760_000_000
-    common.duration.seconds = 1
-    common.access_log_type = accesslog_pb2.DownstreamEnd
-    common.metadata.filter_metadata["llmd"].update({"ticket": ticket, **noted})
-    made.response.response_code.value = 200
-    return made
-
-
 async def test_a_batch_of_the_access_log_finishes_its_requests_and_ignores_strangers() -> None:
     async with serving() as served:
         for _ in range(3):
-            await exchange(served, *asked(LEAN))
+            await exchange(served.channel, *asked(LEAN))
         first, second, third = served.router.open
         start_us = 1_760_000_000 * 1e6
         noted = {
@@ -649,40 +519,9 @@ async def test_an_empty_batch_of_the_access_log_is_no_error() -> None:
 # --- the whole scheduler: TLS, health, draining -----------------------------------------------------------------------
 
 
-@asynccontextmanager
-async def scheduler(tmp_path: Path, **fields: Any) -> AsyncIterator[tuple[Scheduler, int, int]]:
-    """A running one over one endpoint that nobody listens at; its ext_proc and its health port."""
-    grpc_port, health_port, metrics_port, engine_port = free_ports(4)
-    file = tmp_path / "endpoints.yaml"
-    file.write_text(f"endpoints: [{{name: pod-0, address: 127.0.0.1, port: {engine_port}}}]\n")
-    settings: dict[str, Any] = {"drain_timeout_s": 0.0, "secure_serving": False, "seed": 1, **fields}
-    running = Scheduler(
-        ServeSettings(
-            host="127.0.0.1",
-            grpc_port=grpc_port,
-            health_port=health_port,
-            metrics_port=metrics_port,
-            endpoints_file=str(file),
-            **settings,
-        )
-    )
-    await running.start()
-    try:
-        yield running, grpc_port, health_port
-    finally:
-        await running.stop()
-
-
-async def health(port: int, name: str) -> str:
-    async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        reply = await stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=PATIENCE_S)
-        return health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
-
-
 async def ask_get(channel: aio.Channel) -> str:
     stream = Stream(channel)
-    await stream.send(headers(end=True, path="/v1/models"))
+    await stream.send(reference_headers(end=True, path="/v1/models"))
     replies = await stream.replies(1)
     assert await stream.rest() == []
     return destination(replies)
@@ -692,44 +531,36 @@ HEALTH_NAMES = ("", "liveness", "readiness", EXT_PROC)
 
 
 async def test_health_answers_by_name_on_both_ports(tmp_path: Path) -> None:
-    async with scheduler(tmp_path) as (_, grpc_port, health_port):
-        for port in (grpc_port, health_port):
+    async with running(tmp_path) as served:
+        for port in (served.grpc_port, served.health_port):
             assert {name: await health(port, name) for name in HEALTH_NAMES} == dict.fromkeys(HEALTH_NAMES, "SERVING")
-        with pytest.raises(grpc.RpcError) as unknown:
-            await health(health_port, "no-such-service")
-        assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+        assert await health(served.health_port, "no-such-service") == "SERVING"
 
 
 async def test_while_draining_it_is_not_serving_and_open_streams_go_on(tmp_path: Path) -> None:
-    async with (
-        scheduler(tmp_path, drain_timeout_s=PATIENCE_S) as (running, grpc_port, health_port),
-        aio.insecure_channel(f"127.0.0.1:{grpc_port}") as channel,
-    ):
-        stream = Stream(channel)
-        await stream.send(*asked())
-        await stream.replies(2)
-        stopping = asyncio.create_task(running.stop())
-        async with asyncio.timeout(PATIENCE_S):
-            while await health(health_port, "readiness") == "SERVING":
-                await asyncio.sleep(0.01)
+    async with running(tmp_path, drain_timeout_s=PATIENCE_S) as served:
+        stream = served.stream()
+        await stream.ask(*asked(), count=2)
+        stopping = asyncio.create_task(served.scheduler.stop())
+        await until_health(served.health_port, "NOT_SERVING")
         names = ("", "readiness", EXT_PROC)
-        assert {name: await health(health_port, name) for name in names} == dict.fromkeys(names, "NOT_SERVING")
-        assert await ask_get(channel)
+        assert {n: await health(served.health_port, n) for n in names} == dict.fromkeys(names, "NOT_SERVING")
+        assert await ask_get(served.channel)
         assert not stopping.done()
-        await stream.send(response_headers(), response_body(b"{}", end=True))
-        assert kinds(await stream.replies(2)) == ["response_headers", "response_body"]
+        replies = await stream.ask(*answered(), count=2)
+        assert kinds(replies) == ["response_headers", "response_body"]
         await asyncio.wait_for(stopping, PATIENCE_S)
-        assert not running.router.open
+        assert not served.scheduler.router.open
 
 
 async def test_it_serves_with_a_certificate_of_its_own(tmp_path: Path) -> None:
-    async with scheduler(tmp_path, secure_serving=True) as (_, grpc_port, health_port):
-        pem = await asyncio.to_thread(served_certificate, grpc_port)
+    async with running(tmp_path, secure_serving=True) as served:
+        pem = await asyncio.to_thread(served_certificate, served.grpc_port)
         credentials = grpc.ssl_channel_credentials(pem.encode())
         options = [("grpc.ssl_target_name_override", "localhost")]
-        async with aio.secure_channel(f"127.0.0.1:{grpc_port}", credentials, options) as channel:
+        async with aio.secure_channel(f"127.0.0.1:{served.grpc_port}", credentials, options) as channel:
             assert (await ask_get(channel)).startswith("127.0.0.1:")
-        assert await health(health_port, "readiness") == "SERVING"
+        assert await health(served.health_port) == "SERVING"
 
 
 def served_certificate(port: int) -> str:
@@ -767,11 +598,12 @@ async def test_a_port_in_use_is_named_and_nothing_stays_behind(tmp_path: Path, w
 
 async def test_a_second_scheduler_cannot_share_a_port_with_the_first(tmp_path: Path) -> None:
     """gRPC shares ports by default (SO_REUSEPORT); half the probes would then reach the other process."""
-    async with scheduler(tmp_path) as (_, grpc_port, health_port):
-        for ports in ({"grpc_port": grpc_port, "health_port": 0}, {"grpc_port": 0, "health_port": health_port}):
+    async with running(tmp_path) as first:
+        taken = ({"grpc_port": first.grpc_port, "health_port": 0}, {"grpc_port": 0, "health_port": first.health_port})
+        for ports in taken:
             settings = ServeSettings(
                 host="127.0.0.1",
-                endpoints_file=str(tmp_path / "endpoints.yaml"),
+                endpoints_file=str(first.endpoints_file),
                 drain_timeout_s=0.0,
                 metrics_port=free_ports(1)[0],
                 **ports,

@@ -209,3 +209,11 @@ def test_what_is_printed_is_the_document(path: str) -> None:
     assert json.loads(text) == bootstrap(settings)
     assert text.endswith("}\n")
     assert '"message_timeout": "0.5s"' in text
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_no_cluster_keeps_envoys_own_limit_of_1024_requests_at_once(path: str) -> None:
+    doc = document(path, fallback=(("10.0.0.1", 8000),))
+    for name in ("model_servers", "scheduler", "fallback"):
+        (limits,) = cluster(doc, name)["circuit_breakers"]["thresholds"]
+        assert {limits[f"max_{what}"] for what in ("connections", "pending_requests", "requests")} == {40000}

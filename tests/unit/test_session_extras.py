@@ -10,18 +10,19 @@ from llmd_sched.extproc.session import Ended, Route, Session
 from llmd_sched.types import Decision, End, Outcome, Request
 from llmd_sched.wire import ext_proc_pb2
 from tests.builders import endpoint
-from tests.unit.test_session import (
+from tests.messages import (
     DUPLEX,
     LEAN,
-    LIMIT_BYTES,
-    Driver,
+    removed_by,
     request_body,
     request_headers,
     response_body,
     response_headers,
     response_trailers,
+    routing_reply,
     set_by,
 )
+from tests.unit.test_session import LIMIT_BYTES, Driver
 
 PLAIN = Decision(ticket="t", request=Request(id="r"), picked=(endpoint(),), scores={}, prediction=None, at_s=0.0)
 REPORTED = Struct()
@@ -32,23 +33,14 @@ def decided(**fields: object) -> Decision:
     return msgspec.structs.replace(PLAIN, **fields)
 
 
-def routing_reply(driver: Driver) -> ext_proc_pb2.CommonResponse:
-    """The reply that carries the destination."""
-    reply = next(r for r in driver.replies if r.HasField("dynamic_metadata"))
-    kind = reply.WhichOneof("response")
-    assert kind in ("request_headers", "request_body")
-    return getattr(reply, kind).response
-
-
 @pytest.mark.parametrize("mode", [LEAN, DUPLEX])
 def test_a_decision_sets_its_headers_and_takes_off_those_of_ours_it_does_not_set(mode: str) -> None:
     session = Session(LIMIT_BYTES, ours=("x-prefiller-host-port", "x-encoder-hosts-ports"))
     driver = Driver(session, decided=decided(headers={"x-prefiller-host-port": "10.0.0.9:8000"}))
     driver.send(request_headers(mode), request_body(b"{}", end=True))
-    mutation = routing_reply(driver).header_mutation
-    values = {h.header.key: h.header.raw_value.decode() for h in mutation.set_headers}
-    assert values["x-prefiller-host-port"] == "10.0.0.9:8000"
-    assert list(mutation.remove_headers) == ["x-encoder-hosts-ports"]
+    reply = routing_reply(driver.replies)
+    assert set_by(reply)["x-prefiller-host-port"] == "10.0.0.9:8000"
+    assert removed_by(reply) == ["x-encoder-hosts-ports"]
 
 
 def test_a_destination_may_be_another_than_the_endpoint_picked() -> None:
