@@ -27,6 +27,9 @@ LOST_AFTER_S = 3600.0
 IDLE_LOST_AFTER_S = 10.0
 """... and after this long when its engine, freshly read, has nothing running and nothing waiting."""
 
+GONE_LOST_AFTER_S = 300.0
+"""... and after this long when its endpoint has left the pool, where nobody reads whether it is idle."""
+
 TRACED = (
     *("ttft_ms", "tpot_ms", "ttft_headroom_ms", "tpot_headroom_ms"),
     *("prefix_match_blocks", "prefix_total_blocks", "prefix_block_tokens", "uncached_tokens"),
@@ -238,7 +241,7 @@ class Router:
             if age_s < IDLE_LOST_AFTER_S:
                 break
             i = self.pool.position(decision.picked[0].key)
-            if age_s > LOST_AFTER_S or (i is not None and idle[i]):
+            if age_s > (GONE_LOST_AFTER_S if i is None else LOST_AFTER_S) or (i is not None and idle[i]):
                 lost.append(ticket)
         for ticket in lost:
             self.finish(ticket, Outcome(end=End.LOST), now_s)

@@ -23,7 +23,7 @@ from llmd_sched.extproc.service import EndpointPicker, path_of
 from llmd_sched.extproc.session import Ended, Event, FirstToken, Path, Route, Session
 from llmd_sched.telemetry.instruments import Bins
 from llmd_sched.types import End, Outcome
-from llmd_sched.wire import als_pb2
+from llmd_sched.wire import accesslog_pb2, als_pb2
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +79,7 @@ class ExtProcServer:
         self.picker = picker
         self.settings = settings
         self.open_streams = 0
+        self.failed_entries = 0
         self._streams: dict[str, _Stream] = {}
         """Ticket -> its stream on the duplex path, where a request under way can be ended."""
 
@@ -133,15 +134,23 @@ class ExtProcServer:
         stream.evict()
         return True
 
+    def _finish(self, entry: accesslog_pb2.HTTPAccessLogEntry) -> None:
+        """One entry that blows up must not take the rest of its batch with it: nobody sends that again."""
+        try:
+            read = read_entry(entry)
+            if read is not None:
+                self.picker.finish(*read)
+        except Exception:
+            self.failed_entries += 1
+            log.exception("an access-log entry could not be used (%d so far)", self.failed_entries)
+
     async def access_logs(
         self, messages: AsyncIterator[als_pb2.StreamAccessLogsMessage], context: aio.ServicerContext[Any, Any]
     ) -> als_pb2.StreamAccessLogsResponse:
         """Envoy keeps one such stream open and writes to it in batches."""
         async for message in messages:
             for entry in message.http_logs.log_entry:
-                read = read_entry(entry)
-                if read is not None:
-                    self.picker.finish(*read)
+                self._finish(entry)
         return als_pb2.StreamAccessLogsResponse()
 
 

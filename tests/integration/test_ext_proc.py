@@ -30,7 +30,7 @@ from llmd_sched.extproc.service import EndpointPicker
 from llmd_sched.pool.pool import Load, Pool
 from llmd_sched.stack import free_ports
 from llmd_sched.telemetry import Telemetry
-from llmd_sched.types import Endpoint
+from llmd_sched.types import Endpoint, Outcome
 from llmd_sched.wire import accesslog_pb2
 from tests.envoy_stream import CHANNEL_OPTIONS, PATIENCE_S, Stream, access_log, exchange, until
 from tests.integration.conftest import health, running, until_health
@@ -508,6 +508,24 @@ async def test_a_batch_of_the_access_log_finishes_its_requests_and_ignores_stran
         assert served.sample("request_streaming_tpot_seconds_sum") == pytest.approx(0.1)
         await served.access_log(entry(second), entry(second), entry(first))
         assert served.sample("request_duration_seconds_count") == 3
+
+
+async def test_an_entry_that_blows_up_leaves_the_rest_of_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving() as served:
+        for _ in range(3):
+            await exchange(served.channel, *asked(LEAN))
+        first, second, third = served.router.open
+        finish = served.server.picker.finish
+
+        def blows_up(ticket: str, outcome: Outcome) -> None:
+            if ticket == second:
+                raise RuntimeError("out of order")
+            finish(ticket, outcome)
+
+        monkeypatch.setattr(served.server.picker, "finish", blows_up)
+        await served.access_log(entry(first), entry(second), entry(third))
+        assert list(served.router.open) == [second]
+        assert served.server.failed_entries == 1
 
 
 async def test_an_empty_batch_of_the_access_log_is_no_error() -> None:

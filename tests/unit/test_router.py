@@ -14,7 +14,7 @@ from llmd_sched.errors import NoCandidates, NoEndpoints, NoneLeft, NotCached
 from llmd_sched.plugin import Filter, Picker, Producer
 from llmd_sched.pool.inflight import InFlightLoadProducer
 from llmd_sched.pool.pool import Load, Pool
-from llmd_sched.router import IDLE_LOST_AFTER_S, LOST_AFTER_S, Router
+from llmd_sched.router import GONE_LOST_AFTER_S, IDLE_LOST_AFTER_S, LOST_AFTER_S, Router
 from llmd_sched.sched.handlers import Scheduling, SingleProfileHandler
 from llmd_sched.sched.pickers import MaxScorePicker, WeightedRandomPicker
 from llmd_sched.sched.pipeline import Profile
@@ -375,8 +375,8 @@ def test_a_request_is_given_up_when_its_engine_is_idle_or_it_is_very_old(
 def test_a_request_of_an_endpoint_that_is_gone_is_given_up_when_old() -> None:
     router, _ = reaping()
     router.pool.apply([endpoint(5)])
-    assert router.reap(LOST_AFTER_S - 1) == 0
-    assert router.reap(LOST_AFTER_S + 1) == 1
+    assert router.reap(GONE_LOST_AFTER_S - 1) == 0
+    assert router.reap(GONE_LOST_AFTER_S + 1) == 1
 
 
 def test_an_outcome_that_comes_after_reaping_changes_nothing() -> None:
