@@ -30,6 +30,9 @@ IDLE_LOST_AFTER_S = 10.0
 GONE_LOST_AFTER_S = 300.0
 """... and after this long when its endpoint has left the pool, where nobody reads whether it is idle."""
 
+SAMPLE_EVERY = 16
+"""Decisions of which one is made by ``sampled``."""
+
 TRACED = (
     *("ttft_ms", "tpot_ms", "ttft_headroom_ms", "tpot_headroom_ms"),
     *("prefix_match_blocks", "prefix_total_blocks", "prefix_block_tokens", "uncached_tokens"),
@@ -73,6 +76,8 @@ class Router:
         self.pool = pool
         self.producers = tuple(producers)
         self.scheduling = scheduling
+        self.sampled: Scheduling | None = None
+        """Makes one in SAMPLE_EVERY decisions instead: the same, timed."""
         self.admitters = tuple(admitters)
         self.open: dict[str, Decision] = {}
         self._guards = {p.name: _Contained(p.name) for p in producers}
@@ -115,7 +120,7 @@ class Router:
         for one in self.admitters:
             if refusal := one.refusal(request, candidates, self._rng):
                 raise NotAdmitted(f"request cannot be admitted: {refusal}")
-        choice = self.scheduling.run(request, candidates, self._rng)
+        choice = self._scheduling().run(request, candidates, self._rng)
         position = int(choice.picked.order[0])
         if request.only_if_cached and not _holds_prefix(candidates, position):
             raise NotCached("no decode worker has the requested KV cache")
@@ -125,6 +130,10 @@ class Router:
         if len(self.open) > MAX_OPEN_REQUESTS:
             self.finish(next(iter(self.open)), Outcome(end=End.LOST), now_s)
         return decision
+
+    def _scheduling(self) -> Scheduling:
+        sampled = self.sampled if self._tickets % SAMPLE_EVERY == 0 else None
+        return sampled or self.scheduling
 
     def _tell_chosen(
         self, decision: Decision, candidates: Candidates, producers: list[Producer], position: int, now_s: float

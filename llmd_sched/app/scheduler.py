@@ -13,6 +13,7 @@ import logging.handlers
 import os
 import secrets
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
@@ -64,6 +65,9 @@ log = logging.getLogger(__name__)
 HEALTH_NAMES = ("", "liveness", "readiness", EXT_PROC, "inference-extension")
 ELECTING_HEALTH_NAMES = HEALTH_NAMES[:-1]
 """With leader election the reference knows no other names."""
+
+SWITCH_INTERVAL_S = 0.0005
+"""How long a decision waits for the thread that makes a metrics page to let go of the interpreter."""
 
 REAP_EVERY_S = 1.0
 DRAIN_LOOK_S = 0.05
@@ -140,6 +144,7 @@ class Scheduler:
             identities=resolved.kind(Identity),
             reporters=list(resolved.kind(Reporter).values()),
             plugin_headers={name for plugin in resolved.kind(Plugin).values() for name in plugin.headers()},
+            plugin_types={name: declared.type for name, declared in resolved.plugins.items()},
             objects=lambda: self.source.objects,
             trusted=TrustedSources(self.settings.trusted_header_sources),
         )
@@ -382,6 +387,7 @@ def _bound(add: object, address: str, flag: str, *credentials: object) -> None:
 async def serve(settings: ServeSettings) -> None:
     """Run until SIGTERM or SIGINT; a second one stops without draining."""
     scheduler = Scheduler(settings)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     stop = asyncio.Event()
     for sig in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(sig, stop.set)

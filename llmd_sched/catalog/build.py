@@ -36,13 +36,16 @@ def _profile(profile: SchedulingProfile, resolved: Resolved, live: Mapping[str, 
     """A plugin that is both filter and scorer is used as both; one with state by its live object."""
     used = [(p.plugin_ref, resolved.plugins[p.plugin_ref].plugin, p.weight) for p in profile.plugins]
     filters = [(name, live.get(name, plugin)) for name, plugin, _ in used if isinstance(plugin, Filter)]
-    scorers = [(live.get(name, plugin), weight) for name, plugin, weight in used if isinstance(plugin, Scorer)]
+    scorers = [(name, live.get(name, plugin), weight) for name, plugin, weight in used if isinstance(plugin, Scorer)]
+    picker_name, picker = next((name, plugin) for name, plugin, _ in used if isinstance(plugin, Picker))
     return Profile(
         name=profile.name,
         filters=tuple(cast(Keeps, one) for _, one in filters),
-        scorers=tuple((cast(Scoring, one), 1.0 if weight is None else weight) for one, weight in scorers),
-        picker=next(plugin for _, plugin, _ in used if isinstance(plugin, Picker)),
+        scorers=tuple((cast(Scoring, one), 1.0 if weight is None else weight) for _, one, weight in scorers),
+        picker=picker,
         names=tuple(name for name, _ in filters),
+        scorer_names=tuple(name for name, _, _ in scorers),
+        picker_name=picker_name,
     )
 
 

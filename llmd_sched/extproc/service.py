@@ -26,6 +26,7 @@ from llmd_sched.parsers.said import said
 from llmd_sched.plugin import Identity, Parsed, Producer, Reporter
 from llmd_sched.prefix.hashing import BYTES_PER_TOKEN
 from llmd_sched.router import Router
+from llmd_sched.sched.timing import Timing, timed
 from llmd_sched.types import Decision, End, Endpoint, Outcome, Request, Rewritten
 
 DEFAULT_FLOW = "default-flow"
@@ -105,7 +106,8 @@ class Tokenize(Protocol):
 class EndpointPicker:
     """One per process. ``clock`` is the time everything in it is measured on, in seconds.
 
-    ``identities`` by name, and ``plugin_headers`` (lower case): the request headers plugins look at.
+    ``identities`` by name; ``plugin_headers`` (lower case): the request headers plugins look at; ``plugin_types``: name
+    of a plugin -> its type, where some decisions are to be timed plugin by plugin.
     """
 
     def __init__(
@@ -120,12 +122,16 @@ class EndpointPicker:
         objects: Callable[[], Objects] = lambda: NO_OBJECTS,
         trusted: TrustedSources | None = None,
         plugin_headers: Collection[str] = (),
+        plugin_types: Mapping[str, str] | None = None,
     ) -> None:
         self.router = router
         self.parsers = parsers
         self.observer = observer
         self.clock = clock
         self.admit: Admit = self._at_once
+        types = plugin_types or {}
+        self.timings: list[Timing] = []
+        router.sampled = timed(router.scheduling, types, time.perf_counter, self.timings) if types else None
         self.tokenize: Tokenize | None = None
         self._identities = identities or {}
         self._reporters = tuple(reporters)
@@ -143,6 +149,9 @@ class EndpointPicker:
         began_s = time.perf_counter()
         decision = self.router.choose(request, subset, now_s)
         self.observer.telemetry.scheduler_s.observe(time.perf_counter() - began_s)
+        if self.timings:
+            self.observer.telemetry.observe_plugins(self.timings)
+            self.timings.clear()
         return decision
 
     async def route(self, route: Route, body: bytes) -> Routed:

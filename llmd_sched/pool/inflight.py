@@ -268,6 +268,13 @@ class InFlightLoad(Producer):
         estimate = round(request.input_tokens * self.params.output_ratio)
         return float(min([estimate, *(max(0, cap) for cap in caps if cap is not None)]))
 
+    def state(self) -> dict[str, object]:
+        per_endpoint = {
+            e.key: {"requests": row[0], "tokens": row[1], "prefill_tokens": row[3]}
+            for e, row in zip(self._members, self._table.tolist(), strict=True)
+        }
+        return {"open": len(self._open), "prefill_ms_per_token": self._ms_per_token, "endpoints": per_endpoint}
+
     def first_token_due_ms(self, ticket: str) -> float:
         return max((self._ms_per_token * one.ahead_tokens for one in self._open.get(ticket, ())), default=0.0)
 

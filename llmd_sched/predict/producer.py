@@ -132,6 +132,15 @@ class PredictedLatency(Producer):
         self._running_slos: dict[str, dict[str, float]] = {}
         self._endpoint_of: dict[str, str] = {}
 
+    def state(self) -> dict[str, object]:
+        return {
+            "model_version": self.model.version,
+            "open": len(self.ledger),
+            "outcomes": dict(self.ledger.counts),
+            "mean_output_tokens": self._mean_output_tokens,
+            "engine_classes": list(self.classes.names),
+        }
+
     def publish(self, model: Model) -> None:
         """Use ``model`` from the next request on."""
         self.model = model

@@ -184,6 +184,10 @@ class ApproxPrefixCache(Producer):
     def finished(self, ticket: str, outcome: Outcome, now_s: float) -> None:
         self._open.pop(ticket, None)
 
+    def state(self) -> dict[str, object]:
+        blocks = {key: len(held) for (key, _), held in self.held.items()}
+        return {"open": len(self._open), "reused_blocks": self.working_set.blocks, "blocks": blocks}
+
     def _block_tokens(self, candidates: Candidates) -> int:
         """One block size for the pool: the largest an engine reports, never under the floor."""
         reported = candidates.columns["block_tokens"]

@@ -27,13 +27,15 @@ class Picked:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """``names`` of the filters, for whoever asks why an endpoint was left out."""
+    """``names`` of the filters, ``scorer_names`` and ``picker_name``: for whoever asks why, or how long."""
 
     name: str
     filters: tuple[Keeps, ...]
     scorers: tuple[tuple[Scoring, float], ...]
     picker: Picker
     names: tuple[str, ...] = ()
+    scorer_names: tuple[str, ...] = ()
+    picker_name: str = ""
 
     def run(self, request: Request, candidates: Candidates, rng: Random) -> Picked:
         """Raises NoneLeft when the filters leave nothing."""
