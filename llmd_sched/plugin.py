@@ -198,6 +198,9 @@ class Producer:
 
     def first_token(self, ticket: str, now_s: float) -> None: ...
 
+    def first_token_seen(self, ticket: str, ttft_ms: float, now_s: float) -> None:
+        """The same where it was measured rather than assumed."""
+
     def learn_reply(self, ticket: str, said: bytes) -> None:
         """Before ``finished``, of a good reply whose text was seen: what the next turn's prompt adds to this one's."""
 

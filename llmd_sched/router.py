@@ -215,13 +215,24 @@ class Router:
 
     def _infer_first_tokens(self, now_s: float) -> None:
         while self._first_tokens and self._first_tokens[0][0] <= now_s:
-            self.first_token(heapq.heappop(self._first_tokens)[1], now_s)
+            ticket = heapq.heappop(self._first_tokens)[1]
+            if ticket in self.open:
+                self._tell_first_token(ticket, now_s)
 
     def first_token(self, ticket: str, now_s: float) -> None:
-        if ticket in self.open:
-            for producer in self.producers:
-                with self._contained(producer):
-                    producer.first_token(ticket, now_s)
+        """It was seen."""
+        decision = self.open.get(ticket)
+        if decision is None:
+            return
+        self._tell_first_token(ticket, now_s)
+        for producer in self.producers:
+            with self._contained(producer):
+                producer.first_token_seen(ticket, 1e3 * (now_s - decision.at_s), now_s)
+
+    def _tell_first_token(self, ticket: str, now_s: float) -> None:
+        for producer in self.producers:
+            with self._contained(producer):
+                producer.first_token(ticket, now_s)
 
     def finish(self, ticket: str, outcome: Outcome, now_s: float) -> Decision | None:
         """The decision the outcome belongs to; None when it is not open (already finished, or not ours)."""

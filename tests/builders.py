@@ -30,6 +30,7 @@ COLUMNS = {
     "admission_wait_ms": f"admission_wait_ms/{INFLIGHT}",
     "resident_tokens": f"resident_tokens/{INFLIGHT}",
     "generated_tokens": f"generated_tokens/{INFLIGHT}",
+    "prefilling_requests": f"prefilling_requests/{INFLIGHT}",
     "uncached_tokens": f"uncached_tokens/{INFLIGHT}",
     "ttft_ms": f"ttft_ms/{LATENCY}",
     "tpot_ms": f"tpot_ms/{LATENCY}",

@@ -156,10 +156,10 @@ class InFlightLoad(Producer):
     """The live counters.
 
     Columns: ``inflight_requests`` and ``inflight_tokens`` (the reference's pair), ``uncached_tokens`` of this request,
-    and four of ours: ``inflight_prefill_tokens`` (uncached prompt tokens without a first token yet),
+    and more of ours: ``inflight_prefill_tokens`` (uncached prompt tokens without a first token yet),
     ``admission_wait_ms`` (until the engine can take up another prompt: the last of those first tokens is due, by our
     own predictions, or half a decode step has passed), ``resident_tokens`` (prompt and generated tokens of the requests
-    now in decode) and ``generated_tokens`` of these.
+    now in decode), ``generated_tokens`` of these and ``prefilling_requests``.
     """
 
     COLUMNS = (
@@ -169,6 +169,7 @@ class InFlightLoad(Producer):
         "admission_wait_ms",
         "resident_tokens",
         "generated_tokens",
+        "prefilling_requests",
     )
     """Of the endpoint alone; ``uncached_tokens`` is of the request too."""
 
@@ -206,6 +207,7 @@ class InFlightLoad(Producer):
             1e3 * np.maximum(due_s - now_s, np.where(rate > 1e-3, half_step_s, 0.0)),
             prompt + (generated := np.maximum(now_s * rate - since, 0.0)),
             generated,
+            prefilling,
         )
         columns = {f"{name}/{self.name}": column for name, column in zip(self.COLUMNS, load, strict=True)}
         return columns | {f"uncached_tokens/{self.name}": self._uncached_tokens(request, candidates)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
+from typing import NamedTuple
 
 import msgspec
 
@@ -53,6 +54,15 @@ class Accuracy:
             self.tpot.add(prediction.tpot_ms, prediction.tpot_quantiles_ms, tpot_ms)
 
 
+class _Entry(NamedTuple):
+    """One open prediction; ``told_ttft``: its first token has been a sample already."""
+
+    prediction: Prediction
+    at_s: float
+    explored: bool
+    told_ttft: bool = False
+
+
 class Ledger:
     """Open predictions by ticket: at most ``cap`` (the oldest goes first), each for at most ``ttl_s``.
 
@@ -62,7 +72,7 @@ class Ledger:
 
     def __init__(self, cap: int = 100_000, ttl_s: float = 900.0) -> None:
         self._cap, self._ttl_s = cap, ttl_s
-        self._open: OrderedDict[str, tuple[Prediction, float, bool]] = OrderedDict()
+        self._open: OrderedDict[str, _Entry] = OrderedDict()
         self.counts: Counter[str] = Counter()
         self.accuracy = Accuracy()
         self.accuracy_by_version: OrderedDict[int, Accuracy] = OrderedDict()
@@ -76,7 +86,20 @@ class Ledger:
         if len(self._open) >= self._cap:
             self._open.popitem(last=False)
             self.counts["evicted"] += 1
-        self._open[ticket] = (prediction, at_s, explored)
+        self._open[ticket] = _Entry(prediction, at_s, explored)
+
+    def first_token(self, ticket: str, ttft_ms: float, now_s: float) -> Sample | None:
+        """Its first token was seen: that is a label, long before the reply has ended. None for one that is not open."""
+        entry = self._open.get(ticket)
+        if entry is None or entry.told_ttft or _positive(ttft_ms) is None:
+            return None
+        self._open[ticket] = entry._replace(told_ttft=True)
+        prediction = entry.prediction
+        self._judge(prediction, ttft_ms, None)
+        sample = _sample(entry, ttft_ms, None, now_s)
+        if prediction.prefill_row is None:
+            return sample
+        return msgspec.structs.replace(sample, row=prediction.prefill_row, endpoint=prediction.prefill_endpoint)
 
     def settle(self, ticket: str, outcome: Outcome, now_s: float) -> list[Sample]:
         """Close the prediction and make a sample of it, or one of each target where two endpoints did the work; none,
@@ -92,25 +115,18 @@ class Ledger:
         self.counts[fate] += 1
         if fate != "settled":
             return []
-        prediction, _, explored = entry
-        sample = Sample(
-            row=prediction.row,
-            ttft_ms=ttft_ms,
-            tpot_ms=tpot_ms,
-            predicted_ttft_ms=prediction.ttft_ms,
-            predicted_tpot_ms=prediction.tpot_ms,
-            model_version=prediction.model_version,
-            at_s=now_s,
-            explored=explored,
-            endpoint=prediction.endpoint,
-        )
+        prediction = entry.prediction
+        ttft_ms = None if entry.told_ttft else ttft_ms
+        if ttft_ms is None and tpot_ms is None:
+            return []
+        sample = _sample(entry, ttft_ms, tpot_ms, now_s)
         self._judge(prediction, ttft_ms, tpot_ms)
         return [sample] if prediction.prefill_row is None else _apart(sample, prediction)
 
     def expire(self, now_s: float) -> int:
         """Forget predictions older than ``ttl_s``; returns how many."""
         before = self.counts["expired"]
-        while self._open and now_s - next(iter(self._open.values()))[1] > self._ttl_s:
+        while self._open and now_s - next(iter(self._open.values())).at_s > self._ttl_s:
             self._open.popitem(last=False)
             self.counts["expired"] += 1
         return self.counts["expired"] - before
@@ -121,6 +137,21 @@ class Ledger:
             self.accuracy_by_version.popitem(last=False)
         for accuracy in (self.accuracy, version):
             accuracy.add(prediction, ttft_ms, tpot_ms)
+
+
+def _sample(entry: _Entry, ttft_ms: float | None, tpot_ms: float | None, now_s: float) -> Sample:
+    prediction = entry.prediction
+    return Sample(
+        row=prediction.row,
+        ttft_ms=ttft_ms,
+        tpot_ms=tpot_ms,
+        predicted_ttft_ms=prediction.ttft_ms,
+        predicted_tpot_ms=prediction.tpot_ms,
+        model_version=prediction.model_version,
+        at_s=now_s,
+        explored=entry.explored,
+        endpoint=prediction.endpoint,
+    )
 
 
 def _apart(sample: Sample, prediction: Prediction) -> list[Sample]:

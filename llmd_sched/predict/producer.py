@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -22,12 +22,15 @@ from llmd_sched.predict.price import prices
 from llmd_sched.types import QUANTILES, Array, Candidates, Decision, End, Endpoint, Outcome, Prediction, Request, Sample
 
 FIRST_OUTPUT_GUESS_TOKENS = 256.0
+MIN_UNDER_WAY = 8
+"""Requests that must be generating for what they have generated to say anything."""
 OUTPUT_MEMORY = 500
 """The mean output length forgets at this many replies."""
 MAX_ADAPTERS = 1000
 """LoRA adapters remembered, so that one that is loaded nowhere at the moment is still known to be one."""
 FROM_IN_FLIGHT = (
-    "inflight_requests", "inflight_prefill_tokens", "admission_wait_ms", "resident_tokens", "uncached_tokens"
+    "inflight_requests", "inflight_prefill_tokens", "admission_wait_ms", "resident_tokens", "uncached_tokens",
+    "generated_tokens", "prefilling_requests",
 )  # fmt: skip
 CLASS_LABELS = (
     "llm-d.ai/accelerator",
@@ -167,7 +170,7 @@ class PredictedLatency(Producer):
             columns[column] = columns[f"{column}/{self._in_flight}"]
         columns |= {"engine_class": known.engine_class, "lora": self._lora(request, candidates)}
         view = Candidates(candidates.endpoints, columns)
-        rows = features.rows(request, view, self._expected_output_tokens(request))
+        rows = features.rows(request, view, self._expected_output_tokens(request, columns))
         ttft_ms, tpot_ms = self.model.predict(rows, known.log_bias)
         self._last = _Last(rows, ttft_ms, tpot_ms, self.timer() - began_s)
         if not self.params.predict_in_produce:
@@ -207,10 +210,16 @@ class PredictedLatency(Producer):
             return np.zeros(len(candidates.endpoints))
         return np.where(loaded, 1.0, 2.0) if len(loaded) else np.full(len(candidates.endpoints), 2.0)
 
-    def _expected_output_tokens(self, request: Request) -> float:
+    def _expected_output_tokens(self, request: Request, columns: Mapping[str, Array]) -> float:
         """What the client allows, or the mean so far if that is less: to a power of two, for a number that creeps
-        with time would be a clock in the row, and the trees would read it."""
-        usual = 2.0 ** round(math.log2(max(self._mean_output_tokens, 1.0)))
+        with time would be a clock in the row, and the trees would read it.
+
+        Replies that go on for long have not ended yet, so at first the mean is of the short ones. Those under way have
+        had half of theirs on the average: twice what they have generated is believed if that is more.
+        """
+        decoding = float((columns["inflight_requests"] - columns["prefilling_requests"]).sum())
+        under_way = 2.0 * float(columns["generated_tokens"].sum()) / decoding if decoding >= MIN_UNDER_WAY else 0.0
+        usual = 2.0 ** round(math.log2(max(self._mean_output_tokens, under_way, 1.0)))
         return usual if request.max_output_tokens is None else min(usual, float(request.max_output_tokens))
 
     def _headrooms(self, request: Request, endpoints: list[Endpoint], last: _Last) -> tuple[Array, Array]:
@@ -274,6 +283,15 @@ class PredictedLatency(Producer):
             self._running_slos[key][decision.ticket] = decision.request.tpot_slo_ms
             self._endpoint_of[decision.ticket] = key
 
+    def first_token_seen(self, ticket: str, ttft_ms: float, now_s: float) -> None:
+        sample = self.ledger.first_token(ticket, ttft_ms, now_s)
+        if sample is not None:
+            self._learn(sample)
+
+    def _learn(self, sample: Sample) -> None:
+        self.calibrator.learn(sample)
+        self.on_sample(sample)
+
     def finished(self, ticket: str, outcome: Outcome, now_s: float) -> None:
         key = self._endpoint_of.pop(ticket, None)
         if key is not None:
@@ -282,5 +300,4 @@ class PredictedLatency(Producer):
             self._replies = min(self._replies + 1, OUTPUT_MEMORY)
             self._mean_output_tokens += (outcome.output_tokens - self._mean_output_tokens) / self._replies
         for sample in self.ledger.settle(ticket, outcome, now_s):
-            self.calibrator.learn(sample)
-            self.on_sample(sample)
+            self._learn(sample)

@@ -137,13 +137,13 @@ def test_a_whole_reply_shows_no_first_token() -> None:
 def first_tokens(described: ClusterSpec, *arrivals: Arrival) -> list[float]:
     """When the router took each request's first token to be there."""
     cluster, seen = Cluster(described), []
-    note = cluster.router.first_token
+    note = cluster.router._tell_first_token
 
     def first_token(ticket: str, now_s: float) -> None:
         seen.append(now_s)
         note(ticket, now_s)
 
-    cluster.router.first_token = first_token  # type: ignore[method-assign]
+    cluster.router._tell_first_token = first_token  # type: ignore[method-assign]
     cluster.run(arrivals)
     return seen
 

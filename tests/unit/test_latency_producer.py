@@ -437,4 +437,26 @@ def test_a_broken_off_reply_does_not_shorten_the_expected_output() -> None:
     bench = Bench()
     bench.send("a")
     bench.live.finished("a", streamed(end=End.ABORTED, output_tokens=1), 1.0)
-    assert bench.live._expected_output_tokens(request()) == FIRST_OUTPUT_GUESS_TOKENS
+    column = FEATURES.index("expected_output_tokens")
+    bench.produce()
+    assert bench.model.rows[0, column] == FIRST_OUTPUT_GUESS_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("requests", "prefilling", "generated", "expected"),
+    [
+        (20.0, 0.0, 20 * 500.0, 1024.0),
+        (20.0, 10.0, 10 * 500.0, 1024.0),
+        (4.0, 0.0, 4 * 500.0, 256.0),
+        (20.0, 0.0, 9.0, 256.0),
+    ],
+)
+def test_replies_under_way_say_that_outputs_are_longer_than_those_that_have_ended(
+    requests: float, prefilling: float, generated: float, expected: float
+) -> None:
+    bench = Bench()
+    given = {"inflight_requests": requests, "prefilling_requests": prefilling, "generated_tokens": generated}
+    columns = {COLUMNS[name]: np.array([value / 2, value / 2]) for name, value in given.items()}
+    bench.plain = bench.plain.with_columns(columns)
+    bench.produce()
+    assert bench.model.rows[0, FEATURES.index("expected_output_tokens")] == expected

@@ -138,3 +138,34 @@ def test_a_sample_says_who_answered() -> None:
     ledger.open("t", msgspec.structs.replace(PREDICTION, endpoint="default/pod-3"), 1.0)
     (sample,) = ledger.settle("t", STREAMED, 2.0)
     assert sample.endpoint == "default/pod-3"
+
+
+def test_a_first_token_that_was_seen_is_a_sample_at_once_and_not_again_at_the_end() -> None:
+    ledger = Ledger()
+    ledger.open("t", PREDICTION, 1.0)
+    first = ledger.first_token("t", 120.0, 1.2)
+    assert first is not None
+    assert (first.ttft_ms, first.tpot_ms, first.row) == (120.0, None, PREDICTION.row)
+    assert ledger.first_token("t", 120.0, 1.3) is None
+    (last,) = ledger.settle("t", STREAMED, 2.0)
+    assert (last.ttft_ms, last.tpot_ms) == (None, 20.0)
+    assert ledger.accuracy.ttft.count == ledger.accuracy.tpot.count == 1
+
+
+def test_a_first_token_belongs_to_the_endpoint_that_prefilled() -> None:
+    ledger = Ledger()
+    apart = msgspec.structs.replace(PREDICTION, endpoint="d", prefill_row=(3.0, 4.0), prefill_endpoint="p")
+    ledger.open("t", apart, 1.0)
+    first = ledger.first_token("t", 120.0, 1.2)
+    assert first is not None
+    assert (first.row, first.endpoint) == ((3.0, 4.0), "p")
+    assert [(s.endpoint, s.ttft_ms) for s in ledger.settle("t", STREAMED, 2.0)] == [("d", None)]
+
+
+@pytest.mark.parametrize("ttft_ms", [0.0, -1.0, math.nan])
+def test_a_first_token_without_a_time_teaches_nothing(ttft_ms: float) -> None:
+    ledger = Ledger()
+    ledger.open("t", PREDICTION, 1.0)
+    assert ledger.first_token("t", ttft_ms, 1.2) is None
+    assert ledger.first_token("nobody", 100.0, 1.2) is None
+    assert len(ledger.settle("t", STREAMED, 2.0)) == 1
