@@ -13,11 +13,6 @@ LEAST_REMAINING = 0.25
 """Of the expected output: so much is still to come, at least, of a request that has outlived its estimate."""
 
 
-KV_ROOMY, KV_FULL = 0.85, 0.95
-"""KV cache use from which a request that waits may wait for room, and from which it surely does."""
-USUAL_WAITING = 8.0
-"""Requests that may wait for no more than the next step."""
-
 FREE_SHARE = 0.5
 """Of an endpoint's cache: while what is asked again needs no more than this, a second copy costs nothing."""
 
@@ -74,8 +69,7 @@ class RequestCostScorer(Scorer, frozen=True):
 
         output = column("expected_output_tokens")
         there = candidates.column(f"inflight_requests/{in_flight}")
-        decode_ms = output * column("tpot_ms")
-        own_ms = np.maximum(ttft_ms, self._queue_ms(candidates, decode_ms)) + decode_ms
+        own_ms = ttft_ms + output * column("tpot_ms")
         stall_ms = column("prefill_ms") * there
         slow_ms = column("slowdown_ms") * np.minimum(
             self._remaining_tokens(candidates, in_flight, output), output * there
@@ -85,16 +79,6 @@ class RequestCostScorer(Scorer, frozen=True):
             own_ms + self.others_weight * (stall_ms + slow_ms) + self.copy_weight * copy_ms, 1e-3
         )
         return cost_ms
-
-    def _queue_ms(self, candidates: Candidates, decode_ms: Array) -> Array:
-        """Until all who wait there have a place, and the newcomer one: places become free as requests end, which by
-        Little's law are ``running`` in every ``decode_ms``. No predictor has seen an overload before its first reply
-        has ended, and then it is late."""
-        waiting, running = candidates.column("waiting"), candidates.column("running")
-        no_room = np.clip((candidates.column("kv_usage") - KV_ROOMY) / (KV_FULL - KV_ROOMY), 0.0, 1.0)
-        stuck = np.maximum(no_room, waiting / (waiting + USUAL_WAITING))
-        queue_ms: Array = stuck * waiting * decode_ms / np.maximum(running, 1.0)
-        return queue_ms
 
     def _scarcity(self, candidates: Candidates) -> Array:
         """0..1; 1 where nobody measures it."""
