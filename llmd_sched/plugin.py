@@ -52,11 +52,13 @@ class Reads(msgspec.Struct, frozen=True):
     attribute: Attribute
     producer: str
     required: bool = True
+    detailed: bool = False
+    """The columns too that a producer only makes where somebody reads them."""
 
 
-def reads(attribute: Attribute, producer: str, *, required: bool = True) -> Reads:
+def reads(attribute: Attribute, producer: str, *, required: bool = True, detailed: bool = False) -> Reads:
     """``producer`` as configured; empty means the attribute's default producer."""
-    return Reads(attribute, producer or DEFAULT_PRODUCER[attribute], required)
+    return Reads(attribute, producer or DEFAULT_PRODUCER[attribute], required, detailed)
 
 
 class Plugin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel"):
@@ -173,6 +175,8 @@ class Producer:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.detailed = False
+        """Somebody reads the columns that are dear to make."""
 
     def produce(self, request: Request, candidates: Candidates, now_s: float) -> dict[str, Array]:
         return {}

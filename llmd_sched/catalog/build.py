@@ -10,7 +10,7 @@ from llmd_sched.catalog.resolve import Resolved
 from llmd_sched.config import SchedulingProfile
 from llmd_sched.parsers.producer import TokenProducer
 from llmd_sched.parsers.registry import ParserRegistry
-from llmd_sched.plugin import Admitter, Filter, Keeps, Parser, Picker, Producer, Scorer, Scoring, Stateful
+from llmd_sched.plugin import Admitter, Filter, Keeps, Parser, Picker, Plugin, Producer, Scorer, Scoring, Stateful
 from llmd_sched.pool.pool import Pool
 from llmd_sched.router import Router
 from llmd_sched.sched.deciders import Decider
@@ -23,6 +23,10 @@ def build_router(resolved: Resolved, pool: Pool, rng: Random, *, ticket_prefix: 
     stateful = resolved.kind(Stateful)
     for name in resolved.producers:
         live[name] = stateful[name].open(name)
+    for plugin in resolved.kind(Plugin).values():
+        for need in plugin.reads():
+            if need.detailed and need.producer in live:
+                live[need.producer].detailed = True
     scheduling = Scheduling(
         {p.name: _profile(p, resolved, live) for p in resolved.profiles},
         resolved.kind(Handler)[resolved.handler],

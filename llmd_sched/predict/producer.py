@@ -110,8 +110,8 @@ class _Last(NamedTuple):
 
 
 class PredictedLatency(Producer):
-    """The live side. Columns: ``ttft_ms``, ``tpot_ms``, their headrooms, ``dispatched`` (our requests there), what the
-    request costs others (``price.Prices``), and ``expected_output_tokens``.
+    """The live side. Columns: ``ttft_ms``, ``tpot_ms``, their headrooms, ``dispatched`` (our requests there); in
+    detail also what the request costs others (``price.Prices``) and ``expected_output_tokens``.
 
     ``model`` is replaced by whoever trains; ``on_sample`` gets every labelled row.
     """
@@ -182,13 +182,14 @@ class PredictedLatency(Producer):
             f"ttft_headroom_ms/{self.name}": ttft_headroom_ms,
             f"tpot_headroom_ms/{self.name}": tpot_headroom_ms,
             f"dispatched/{self.name}": columns["inflight_requests"],
-            f"expected_output_tokens/{self.name}": rows[:, features.EXPECTED_OUTPUT],
-            **self._prices(rows, known),
+            **(self._prices(rows, known) if self.detailed else {}),
         }
 
     def _prices(self, rows: NDArray[np.float64], known: _Known) -> dict[str, Array]:
+        """Expected output and what the request costs others."""
+        expected = {f"expected_output_tokens/{self.name}": rows[:, features.EXPECTED_OUTPUT]}
         found = prices(self.model, rows, known.log_bias)
-        return {f"{column}/{self.name}": values for column, values in zip(found._fields, found, strict=True)}
+        return expected | {f"{column}/{self.name}": v for column, v in zip(found._fields, found, strict=True)}
 
     def _what_is_known(self, endpoints: list[Endpoint]) -> _Known:
         known = self._known

@@ -95,8 +95,8 @@ class _Open(NamedTuple):
 
 
 class ApproxPrefixCache(Producer):
-    """The live index. Columns: ``prefix_match_blocks``, ``prefix_total_blocks``, ``prefix_block_tokens``, and
-    ``prefix_pressure``: the working set of reused blocks over what the endpoint holds at most."""
+    """The live index. Columns: ``prefix_match_blocks``, ``prefix_total_blocks``, ``prefix_block_tokens``; in
+    detail also ``prefix_pressure``: the working set of reused blocks over what the endpoint holds at most."""
 
     def __init__(self, name: str, params: ApproxPrefixCacheProducer) -> None:
         super().__init__(name)
@@ -120,12 +120,15 @@ class ApproxPrefixCache(Producer):
         asked = self._last = self._hashed(request, self._block_tokens(candidates))
         count = len(candidates.endpoints)
         match = np.fromiter((one.match(asked.chains) for one in self._see(candidates.endpoints)), np.float64, count)
-        return {
+        columns = {
             self._match_column: match,
             self._total_column: np.full(count, float(len(asked.chains.hashes))),
             self._block_column: np.full(count, float(asked.block_tokens)),
-            self._pressure_column: self.working_set.blocks / self._capacities(candidates, asked.block_tokens),
         }
+        if self.detailed:
+            capacities = self._capacities(candidates, asked.block_tokens)
+            columns[self._pressure_column] = self.working_set.blocks / capacities
+        return columns
 
     def _hashed(self, request: Request, block_tokens: int) -> _Asked:
         """A request that was looked up last, and waited or was tried again since, is not hashed twice."""
@@ -147,7 +150,8 @@ class ApproxPrefixCache(Producer):
         asked = self._last
         if asked is None or asked.request is not decision.request:
             return
-        self.working_set.asked(asked.chains.hashes, now_s)
+        if self.detailed:
+            self.working_set.asked(asked.chains.hashes, now_s)
         server = candidates.endpoints[position].server
         capacity = self._capacity_blocks(candidates, position, asked.block_tokens)
         self.held[server].insert(asked.chains, capacity)
@@ -196,10 +200,14 @@ class ApproxPrefixCache(Producer):
         return max(MIN_BLOCK_TOKENS, self.params.configured_block_tokens)
 
     def _capacity_blocks(self, candidates: Candidates, position: int, block_tokens: int) -> int:
-        return int(self._capacities(candidates, block_tokens)[position])
+        """One endpoint's cache in *our* blocks: an engine counts its own, smaller ones."""
+        blocks, tokens = candidates.columns["cache_blocks"][position], candidates.columns["block_tokens"][position]
+        if self.params.auto_tune and blocks > 0 and tokens > 0:
+            return max(1, int(blocks * tokens) // block_tokens)
+        return max(1, self.params.lru_capacity_per_server * 16 // block_tokens)
 
     def _capacities(self, candidates: Candidates, block_tokens: int) -> Array:
-        """The endpoints' caches in *our* blocks: an engine counts its own, smaller ones."""
+        """The same of all endpoints, (n,)."""
         default = float(self.params.lru_capacity_per_server * 16)
         tokens = candidates.columns["cache_blocks"] * candidates.columns["block_tokens"]
         known = tokens if self.params.auto_tune else np.zeros(len(tokens))

@@ -46,9 +46,9 @@ class RequestCostScorer(Scorer, frozen=True):
 
     def reads(self) -> tuple[Reads, ...]:
         return (
-            reads(Attribute.LATENCY, self.latency_prediction_info_producer_name),
+            reads(Attribute.LATENCY, self.latency_prediction_info_producer_name, detailed=True),
             reads(Attribute.INFLIGHT_LOAD, self.in_flight_load_producer_name),
-            reads(Attribute.PREFIX_MATCH, self.prefix_match_info_producer_name, required=False),
+            reads(Attribute.PREFIX_MATCH, self.prefix_match_info_producer_name, required=False, detailed=True),
         )
 
     def score(self, request: Request, candidates: Candidates) -> Array:

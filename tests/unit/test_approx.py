@@ -197,7 +197,6 @@ def test_columns_say_what_each_endpoint_holds_of_the_prompt() -> None:
         "prefix_match_blocks": [0.0, 4.0, 0.0],
         "prefix_total_blocks": [6.0, 6.0, 6.0],
         "prefix_block_tokens": [64.0, 64.0, 64.0],
-        "prefix_pressure": [0.0, 0.0, 0.0],
     }
 
 

@@ -53,6 +53,7 @@ def test_it_stops_counting_at_its_bound() -> None:
 
 def test_pressure_is_the_working_set_over_what_an_endpoint_holds() -> None:
     live = opened(endpoints(2))
+    live.detailed = True
     view = candidates(block_tokens=[16.0, 16.0], cache_blocks=[4000.0, 8000.0])
     for i in range(4):
         asked = asking(prompt(800, seed=i % 2))
