@@ -14,7 +14,7 @@ import numpy as np
 
 from llmd_sched.plugin import PREFILL, Attribute, Producer, ProducerPlugin
 from llmd_sched.prefix import approx_index
-from llmd_sched.prefix.approx_index import Chains, HeldBlocks, chains
+from llmd_sched.prefix.approx_index import Chains, Crowd, HeldBlocks, chains
 from llmd_sched.prefix.hashing import BYTES_PER_TOKEN, Hashes, block_hashes, continued
 from llmd_sched.prefix.reuse import WorkingSet
 from llmd_sched.types import Array, Candidates, Decision, Endpoint, Outcome, Request
@@ -110,16 +110,16 @@ class ApproxPrefixCache(Producer):
         self.working_set = WorkingSet()
         self._last: _Asked | None = None
         self._open: dict[str, _Open] = {}
-        self._seen: tuple[list[Endpoint], list[HeldBlocks]] = ([], [])
+        self._seen: tuple[list[Endpoint], Crowd] = ([], Crowd([]))
 
     def endpoints_changed(self, endpoints: list[Endpoint]) -> None:
-        self._seen = ([], [])
+        self._seen = ([], Crowd([]))
         self.held = {e.server: self.held.get(e.server) or HeldBlocks() for e in endpoints}
 
     def produce(self, request: Request, candidates: Candidates, now_s: float) -> dict[str, Array]:
         asked = self._last = self._hashed(request, self._block_tokens(candidates))
         count = len(candidates.endpoints)
-        match = np.fromiter((one.match(asked.chains) for one in self._see(candidates.endpoints)), np.float64, count)
+        match = self._see(candidates.endpoints).match(asked.chains)
         columns = {
             self._match_column: match,
             self._total_column: np.full(count, float(len(asked.chains.hashes))),
@@ -140,10 +140,10 @@ class ApproxPrefixCache(Producer):
         hashed = chains([block_hashes(p, root, block_tokens, limit) for p in request.prompts])
         return _Asked(request, block_tokens, limit, hashed)
 
-    def _see(self, endpoints: list[Endpoint]) -> list[HeldBlocks]:
+    def _see(self, endpoints: list[Endpoint]) -> Crowd:
         """What these endpoints hold; looked up once for each list of them."""
         if self._seen[0] is not endpoints:
-            self._seen = (endpoints, [self.held[e.server] for e in endpoints])
+            self._seen = (endpoints, Crowd([self.held[e.server] for e in endpoints]))
         return self._seen[1]
 
     def chosen(self, decision: Decision, candidates: Candidates, position: int, now_s: float) -> None:

@@ -12,10 +12,12 @@ closes the ring: ``older[0]`` is the newest, ``newer[0]`` the oldest. A block ta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+from numba import carray, njit  # type: ignore[attr-defined]
+from numba.core import cgutils, types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from llmd_sched.prefix.hashing import Hashes
@@ -40,13 +42,16 @@ def chains(of_prompts: Sequence[Hashes]) -> Chains:
 class HeldBlocks:
     """What one endpoint holds. It takes no memory to speak of until something is inserted, and then what it needs."""
 
-    __slots__ = ("_count", "_hashes", "_newer", "_older", "_slots")
+    __slots__ = ("_count", "_hashes", "_newer", "_older", "_slots", "moves")
 
     def __init__(self) -> None:
+        self.moves = 0
+        """How often its tables were replaced by others."""
         self._clear(0)
 
     def _clear(self, room: int) -> None:
         self._count = 0
+        self.moves += 1
         self._slots = np.zeros(1 << (2 * room).bit_length() if room else 1, np.int32)
         self._hashes = np.zeros(room + 1, np.uint64)
         self._older, self._newer = np.zeros(room + 1, np.int32), np.zeros(room + 1, np.int32)
@@ -58,6 +63,11 @@ class HeldBlocks:
         """How many leading blocks it holds, summed over the chains."""
         blocks: int = _match(self._slots, self._hashes, asked.hashes, asked.ends)
         return blocks
+
+    @property
+    def place(self) -> tuple[int, int, int, int]:
+        """Address and length of ``slots`` and of ``hashes``; good until ``moves`` changes."""
+        return self._slots.ctypes.data, len(self._slots), self._hashes.ctypes.data, len(self._hashes)
 
     def insert(self, new: Chains, capacity: int) -> None:
         """Note that it holds these blocks now; the oldest beyond ``capacity`` (at least 1) are dropped."""
@@ -73,14 +83,46 @@ class HeldBlocks:
         self._count = _insert(self._slots, self._hashes, self._older, self._newer, 0, *held)
 
 
+class Crowd:
+    """Several endpoints' blocks, asked at once: a call for each would cost more than what it does."""
+
+    def __init__(self, members: Sequence[HeldBlocks]) -> None:
+        self._members = tuple(members)
+        self._moves = -1
+        self._places: NDArray[np.int64] = np.zeros((0, 4), np.int64)
+
+    def match(self, asked: Chains) -> NDArray[np.float64]:
+        """``HeldBlocks.match`` of each, (n,)."""
+        moves = sum([one.moves for one in self._members])
+        if moves != self._moves:
+            # The members keep their tables alive, and nobody replaces one while the kernel runs: one thread, no await.
+            self._places = np.array([one.place for one in self._members], np.int64).reshape(-1, 4)
+            self._moves = moves
+        blocks: NDArray[np.float64] = _match_all(self._places, asked.hashes, asked.ends)
+        return blocks
+
+
 def warm_up() -> None:
     """Compile the kernels, or load them."""
     held = HeldBlocks()
     held.insert(chains([np.ones(1, np.uint64)]), 1)
     held.match(chains([]))
+    Crowd([held]).match(chains([]))
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
+
+
+def _pointer_of(context, address):  # type: ignore[no-untyped-def]
+    """An address as a pointer, which ``carray`` makes an array of."""
+
+    def generate(_, builder, __, arguments):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(address), generate
+
+
+_pointer: Any = intrinsic(_pointer_of)
 
 
 @njit
@@ -123,6 +165,21 @@ def _link_newest(older, newer, entry):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def _match(slots, hashes, asked, ends):  # type: ignore[no-untyped-def]
+    return _matched(slots, hashes, asked, ends)
+
+
+@njit(cache=True)
+def _match_all(places, asked, ends):  # type: ignore[no-untyped-def]
+    out = np.empty(len(places))
+    for i in range(len(places)):
+        slots = carray(_pointer(places[i, 0]), (places[i, 1],), np.int32)
+        hashes = carray(_pointer(places[i, 2]), (places[i, 3],), np.uint64)
+        out[i] = _matched(slots, hashes, asked, ends)
+    return out
+
+
+@njit
+def _matched(slots, hashes, asked, ends):  # type: ignore[no-untyped-def]
     total, start = 0, 0
     for end in ends:
         low, high = 0, end - start  # it holds ``low`` blocks, and no more than ``high``

@@ -18,7 +18,7 @@ from llmd_sched.parsers.openai import OpenAIParser
 from llmd_sched.plugin import Parser
 from llmd_sched.prefix import approx, approx_index, hashing
 from llmd_sched.prefix.approx import MIN_BLOCK_TOKENS, ApproxPrefixCache, ApproxPrefixCacheProducer
-from llmd_sched.prefix.approx_index import Chains, HeldBlocks, chains
+from llmd_sched.prefix.approx_index import Chains, Crowd, HeldBlocks, chains
 from llmd_sched.types import Candidates, End, Endpoint, Outcome, Request
 from tests.builders import PREFIX, asking, candidates, decision, endpoint, endpoints, prompt, request
 
@@ -500,3 +500,15 @@ def test_a_warm_up_compiles_all_that_requests_need() -> None:
     kernels = [k for module in (approx_index, hashing) for k in vars(module).values() if hasattr(k, "signatures")]
     assert len(kernels) > 5
     assert {str(k): len(k.signatures) for k in kernels if len(k.signatures) > 1} == {}
+
+
+def test_a_crowd_says_of_each_member_what_it_says_itself_whatever_happens_to_its_tables() -> None:
+    members = [HeldBlocks() for _ in range(5)]
+    crowd, rng = Crowd(members), np.random.default_rng(4)
+    asked = [chains([rng.integers(0, 2**63, 40).astype(np.uint64)]) for _ in range(6)]
+    for turn in range(200):
+        member, chain = members[turn % 5], asked[int(rng.integers(6))]
+        member.insert(chain, 50 + 40 * (turn // 50))
+        for one in asked:
+            assert crowd.match(one).tolist() == [float(m.match(one)) for m in members]
+    assert Crowd([]).match(asked[0]).tolist() == []
