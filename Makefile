@@ -27,6 +27,8 @@ proto: .venv/dev  ## regenerate llmd_sched/wire from proto/
 .venv/dev: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	# xds-protos carries an old copy of these files, and whichever of the two pip unpacks last wins.
+	$(BIN)/pip install --quiet --disable-pip-version-check --force-reinstall --no-deps opentelemetry-proto
 	touch $@ .venv/local
 
 clean:
