@@ -9,6 +9,12 @@ SchedError
     ├── NoCandidates         503, rejected-no-endpoints
     ├── NoneLeft             429, rejected-saturated (filters drained the candidates)
     ├── NotAdmitted          429, rejected-saturated (an admitter refused)
+    ├── QueueFull            429, rejected-saturated (a cap on what may be queued)
+    ├── QueuedTooLong        429, rejected-ttl-expired
+    ├── ClientGone           503, rejected-context-cancelled (while it was queued)
+    ├── ShuttingDown         503, rejected-shutting-down
+    ├── FlowControlFailed    500 (a fault of ours)
+    ├── Shed                 429, rejected-saturated (sheddable, and the pool is full)
     ├── Evicted              429, evicted (it was under way; flow control needed the room)
     ├── NoEndpoints          500 (a request without a body, and nowhere to send it)
     └── UnsupportedMode      500 (the proxy is configured in a way we do not speak)
@@ -73,6 +79,40 @@ class NoneLeft(RequestError):
 
 class NotAdmitted(RequestError):
     """An admitter refused. The reference answers 500, which clients take for a fault of the server's."""
+
+    status, code, reason = 429, "ResourceExhausted", "rejected-saturated"
+
+
+class QueueFull(RequestError):
+    """A cap on queued requests or bytes is reached."""
+
+    status, code, reason = 429, "ResourceExhausted", "rejected-saturated"
+
+
+class QueuedTooLong(RequestError):
+    """It was queued for as long as a request may be."""
+
+    status, code, reason = 429, "ResourceExhausted", "rejected-ttl-expired"
+
+
+class ClientGone(RequestError):
+    """The client went away while its request was queued."""
+
+    status, code, reason = 503, "ServiceUnavailable", "rejected-context-cancelled"
+
+
+class ShuttingDown(RequestError):
+    """The scheduler stops; nothing that is still queued will be served."""
+
+    status, code, reason = 503, "ServiceUnavailable", "rejected-shutting-down"
+
+
+class FlowControlFailed(RequestError):
+    """A fault of ours in the queue."""
+
+
+class Shed(RequestError):
+    """Without flow control: the pool is full, and the request is one that may be dropped."""
 
     status, code, reason = 429, "ResourceExhausted", "rejected-saturated"
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import logging.handlers
 import os
 import secrets
 import signal
@@ -17,7 +16,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -37,7 +35,7 @@ from llmd_sched.app.settings import MIN_SCRAPE_INTERVAL_S, ServeSettings
 from llmd_sched.app.source import source
 from llmd_sched.catalog import build_parsers, build_router, resolve
 from llmd_sched.errors import ConfigError
-from llmd_sched.extproc.observer import Observer
+from llmd_sched.extproc.observer import Observer, open_outcome_log
 from llmd_sched.extproc.render import Renderer
 from llmd_sched.extproc.server import EXT_PROC, ExtProcServer, ServerSettings
 from llmd_sched.extproc.service import EndpointPicker
@@ -71,7 +69,6 @@ SWITCH_INTERVAL_S = 0.0005
 
 REAP_EVERY_S = 1.0
 DRAIN_LOOK_S = 0.05
-OUTCOME_LOG_BYTES = 256 << 20
 
 
 class Scheduler:
@@ -331,15 +328,8 @@ class Scheduler:
     def _outcome_log(self) -> logging.Logger | None:
         if not self.settings.outcome_log:
             return None
-        path = Path(self.settings.outcome_log)
-        try:
-            handler = logging.handlers.RotatingFileHandler(path, maxBytes=OUTCOME_LOG_BYTES, backupCount=1)
-        except OSError as e:
-            raise ConfigError(f"cannot write the outcome log: {e.strerror}", str(path)) from None
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger = logging.Logger("outcomes", logging.INFO)
-        logger.addHandler(handler)
-        self._stack.callback(handler.close)
+        logger = open_outcome_log(self.settings.outcome_log)
+        self._stack.callback(logger.handlers[0].close)
         return logger
 
     async def stop(self, hurry: asyncio.Event | None = None) -> None:

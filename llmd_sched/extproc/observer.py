@@ -7,17 +7,20 @@ and what was measured. It is the record against which anyone can check our numbe
 from __future__ import annotations
 
 import logging
+import logging.handlers
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
 
-from llmd_sched.errors import RequestError
+from llmd_sched.errors import ConfigError, RequestError
 from llmd_sched.prefix.hashing import BYTES_PER_TOKEN
 from llmd_sched.telemetry import Series, Telemetry
 from llmd_sched.tracing import Tracer
 from llmd_sched.types import Decision, End, Outcome, Request, Rewritten
+
+OUTCOME_LOG_BYTES = 256 << 20
 
 DISAGG_DECISIONS = {
     frozenset[str](): "decode-only",
@@ -152,6 +155,18 @@ def _measure(series: Series, decision: Decision, outcome: Outcome) -> None:
         ):
             if measured_ms is not None:
                 series.predictions.measure(plugin, target, measured_ms, slo_ms)
+
+
+def open_outcome_log(path: str) -> logging.Logger:
+    """Appends to ``path``, which becomes ``path.1`` at OUTCOME_LOG_BYTES. Raises ConfigError if it cannot be written."""
+    try:
+        handler = logging.handlers.RotatingFileHandler(path, maxBytes=OUTCOME_LOG_BYTES, backupCount=1)
+    except OSError as e:
+        raise ConfigError(f"cannot write the outcome log: {e.strerror}", path) from None
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.Logger("outcomes", logging.INFO)
+    logger.addHandler(handler)
+    return logger
 
 
 def outcome_line(decision: Decision, outcome: Outcome, now_s: float) -> str:

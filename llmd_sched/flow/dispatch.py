@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from llmd_sched.errors import RequestError
+from llmd_sched.errors import RequestError, Shed
 from llmd_sched.flow.controller import FlowControl
-from llmd_sched.flow.outcomes import Shed
 from llmd_sched.flow.queues import Item
 from llmd_sched.flow.saturation import Saturation, SaturationDetector, Stages
 from llmd_sched.flow.unseen import Unseen
