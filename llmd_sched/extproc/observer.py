@@ -158,7 +158,7 @@ def _measure(series: Series, decision: Decision, outcome: Outcome) -> None:
 
 
 def open_outcome_log(path: str) -> logging.Logger:
-    """Appends to ``path``, which becomes ``path.1`` at OUTCOME_LOG_BYTES. Raises ConfigError if it cannot be written."""
+    """Appends to ``path``, which becomes ``path.1`` at OUTCOME_LOG_BYTES. Raises ConfigError when it cannot be."""
     try:
         handler = logging.handlers.RotatingFileHandler(path, maxBytes=OUTCOME_LOG_BYTES, backupCount=1)
     except OSError as e:
