@@ -3,7 +3,7 @@
     python -m benchmarks.validate [--only llama,qwen,h200,b2b] [--json OUT]
 
 Each anchor is a figure somebody measured, ours for the same load, how far we are off, and the band that holds (which
-``tests/sim/test_anchors.py`` asserts). ``benchmarks/VALIDATION.md`` says what falls short, and why. Everything is
+``tests/sim/test_anchors.py`` asserts). ``benchmarks/README.md`` says what falls short, and why. Everything is
 virtual time and seeded, so the figures are the same everywhere.
 """
 

@@ -1,7 +1,7 @@
 """What others measured, within the band that holds. ``python -m benchmarks.validate`` prints all of it.
 
 The bands wanted are 8 % (Llama), 5 % (Qwen on two H100), 10 % (H200) and the published ranges (b2b-saas); where one of
-``benchmarks.validate`` is wider, ``benchmarks/VALIDATION.md`` says why.
+``benchmarks.validate`` is wider, ``benchmarks/README.md`` says why.
 """
 
 from __future__ import annotations
