@@ -162,8 +162,6 @@ class Parsed(msgspec.Struct, frozen=True, kw_only=True):
     """Images, videos and sounds in the prompt."""
     media_hashes: tuple[int, ...] = ()
     """What tells them apart, of as many as are looked at."""
-    skip_reply: bool = False
-    """Nothing is generated, so nobody follows the reply."""
 
 
 class Producer:

@@ -47,8 +47,6 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """Images, videos and sounds in the prompt."""
     media_hashes: tuple[int, ...] = ()
     """What tells them apart, of as many as are looked at."""
-    skip_reply: bool = False
-    """Nothing is generated, so nobody follows the reply."""
     headers: Mapping[str, str] = msgspec.field(default_factory=dict)
     """Of those a plugin asked for, the ones the request has: lower-case name -> value."""
     identities: Mapping[str, str] = msgspec.field(default_factory=dict)

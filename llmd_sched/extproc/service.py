@@ -229,7 +229,6 @@ class EndpointPicker:
             size_bytes=size_bytes,
             media=parsed.media,
             media_hashes=parsed.media_hashes,
-            skip_reply=parsed.skip_reply,
             headers={name: headers[name] for name in self._plugin_headers if name in headers},
             identities=identities,
             only_if_cached=names.PREFER_CACHED in re.split(r"[,;\s]+", headers.get(names.PREFER, "").lower()),

@@ -18,7 +18,6 @@ Duplex (both bodies FULL_DUPLEX_STREAMED; also assumed when Envoy does not say)
     response_body ...  -> echoed at once; the first is FirstToken, the last Ended
     response_trailers  -> answered; Ended
 
-A request whose reply nobody follows (``skip_reply``) has Ended when it is routed, and Envoy goes on without us.
 A stream that stops anywhere else was aborted: ``peer_closed`` tells. ``Ended`` comes exactly once for a routed duplex
 request and never on the lean path.
 """
@@ -222,9 +221,6 @@ class Session:
         replies += [ProcessingResponse(request_body=piece) for piece in pieces]
         if self._has_trailers:
             replies.append(ProcessingResponse(request_trailers=ext_proc_pb2.TrailersResponse()))
-        if decision.request.skip_reply:
-            self.done, self._reply = True, None
-            replies.append(Ended(Outcome(end=End.FINISHED)))
         return replies
 
     def routed_blindly(self, endpoint: Endpoint, request_id: str) -> list[Event]:

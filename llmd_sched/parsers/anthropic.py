@@ -63,7 +63,7 @@ class AnthropicParser(MediaParser, frozen=True):
 
     def read(self, path: str, body: bytes, sizes: Sizes) -> Parsed:
         if path.endswith(_COUNT_SUFFIX):
-            return Parsed(model=decoded(_COUNT, body).model, skip_reply=True)
+            return Parsed(model=decoded(_COUNT, body).model)
         b = decoded(_MESSAGES, body)
         if not b.messages:
             raise BadRequest("invalid messages request: must have valid messages field")

@@ -35,7 +35,7 @@ _BYTES_PER_ID = 4
 
 
 class VLLMGrpcParser(Parser, frozen=True):
-    """Generate and Embed of vLLM's gRPC service; its other methods pass through and nobody follows their replies."""
+    """Generate and Embed of vLLM's gRPC service; its other methods pass through."""
 
     def parse(self, path: str, body: bytes) -> Parsed:
         method = path.rpartition("/")[2]
@@ -46,7 +46,7 @@ class VLLMGrpcParser(Parser, frozen=True):
                 return _embed(_message(body))
         except Malformed as e:
             raise BadRequest(f"invalid or unsupported gRPC payload for {method}: {e}") from None
-        return Parsed(names_model=False, skip_reply=True)
+        return Parsed(names_model=False)
 
 
 _OTHERS = (

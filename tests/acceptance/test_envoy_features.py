@@ -308,14 +308,13 @@ async def test_a_rule_rewrites_the_model_both_ways(tmp_path: Path, path: str) ->
         assert front.sample("model_rewrite_decisions_total", model_rewrite_name="food") == 2
 
 
-async def test_a_reply_nobody_follows_reaches_the_client(tmp_path: Path) -> None:
-    """The scheduler ends its stream in mid-request, and Envoy goes on without it."""
+async def test_a_request_that_only_counts_tokens_reaches_the_engine_whole(tmp_path: Path) -> None:
+    """The reference ends its stream once such a request is routed; Envoy then sends it without its body at times."""
     async with fronted(tmp_path, "duplex", OBJECTS) as front:
         body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "pad": "x" * 200_000}
         told = await front.ask("/v1/messages/count_tokens", body)
         assert told.status == 200
         assert json.loads(told.seen["body"]) == body
-        assert "x-went-into-resp-headers" not in told.headers
         await front.idle()
 
 

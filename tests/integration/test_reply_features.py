@@ -129,16 +129,15 @@ ANTHROPIC = b'{"model": "m", "messages": [{"role": "user", "content": "hi"}]}'
     ("path", "data"),
     [("/v1/messages/count_tokens", ANTHROPIC), (f"/{SERVICE}HealthCheck", b"\0\0\0\0\0"), (f"/{SERVICE}Abort", b"any")],
 )
-async def test_a_request_whose_reply_nobody_follows_is_routed_and_the_stream_ends_well(
+async def test_a_request_that_generates_nothing_is_routed_and_followed_to_its_end(
     tmp_path: Path, path: str, data: bytes
 ) -> None:
     async with running(tmp_path, SKIPPING) as served:
         stream = served.stream()
-        await stream.send(*asked(data=data, path=path))
-        replies = await stream.to_the_end()
-        assert kinds(replies) == ["request_headers", "request_body"]
-        assert streamed(replies, "request_body") == (data, [True])
-        assert (await stream.call.code()).name == "OK"
+        routed = await stream.ask(*asked(data=data, path=path), count=2)
+        assert kinds(routed) == ["request_headers", "request_body"]
+        assert streamed(routed, "request_body") == (data, [True])
+        await stream.ask(response_headers("200", "application/json"), response_body(b"{}", end=True), count=2)
         await served.idle()
         assert served.sample("request_error_total") == 0
 

@@ -244,7 +244,7 @@ def test_a_body_nested_without_end_is_refused(opening: bytes) -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"messages": HELLO}, {"messages": 3, "stream": True, "max_tokens": 7}])
 def test_counting_tokens_runs_nothing_so_it_has_a_model_and_no_prompt(fields: dict[str, object]) -> None:
-    assert parse({"model": "m", **fields}, COUNT) == Parsed(model="m", skip_reply=True)
+    assert parse({"model": "m", **fields}, COUNT) == Parsed(model="m")
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_an_id_list_of_a_megabyte_is_read() -> None:
 @pytest.mark.parametrize("body", [b"", b"junk", frame(b"", flag=1)])
 def test_other_methods_pass_through_unread_and_nobody_follows_their_replies(method: str, body: bytes) -> None:
     assert SERVICE + method in VLLMGrpcParser.suffixes
-    assert parse(body, method) == Parsed(names_model=False, skip_reply=True)
+    assert parse(body, method) == Parsed(names_model=False)
 
 
 GOOD = framed("GenerateRequest", text="hi")

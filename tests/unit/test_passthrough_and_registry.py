@@ -115,7 +115,7 @@ def test_a_suffix_with_a_slash_before_it_is_a_whole_path(path: str, asked: str) 
         with pytest.raises(BadRequest, match=complaints[asked]):
             registry.parse(path, b"{}")
     else:
-        assert registry.parse(path, b"{}") == Parsed(names_model=False, skip_reply=asked == "grpc")
+        assert registry.parse(path, b"{}") == Parsed(names_model=False)
 
 
 def test_what_media_count_is_configured_once_for_all_parsers_and_hinted_at_by_headers() -> None:

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from google.protobuf.struct_pb2 import Struct
 
-from llmd_sched.extproc.session import Ended, Route, Session
+from llmd_sched.extproc.session import Route, Session
 from llmd_sched.types import Decision, End, Outcome, Request
 from llmd_sched.wire import ext_proc_pb2
 from tests.builders import endpoint
@@ -82,15 +82,6 @@ def test_nothing_is_reported_of_a_reply_that_breaks_off() -> None:
     driver.send(request_headers(), request_body(b"{}", end=True), response_headers(), response_body(b"ab")).close()
     assert driver.outcome.end is End.ABORTED
     assert driver.replies[-1].dynamic_metadata != REPORTED
-
-
-def test_a_request_whose_reply_nobody_follows_has_ended_once_it_is_routed() -> None:
-    driver = Driver(decided=decided(request=Request(id="r", skip_reply=True)))
-    driver.send(request_headers(), request_body(b"{}", end=True))
-    assert driver.session.done
-    assert driver.outcome.end is End.FINISHED
-    driver.close()
-    assert len([e for e in driver.events if isinstance(e, Ended)]) == 1
 
 
 def test_an_evicted_request_ends_as_evicted_and_not_again() -> None:
