@@ -185,6 +185,7 @@ class Router:
             ticket=f"{self._ticket_prefix}{self._tickets:x}",
             request=request,
             picked=tuple(endpoints[i] for i in picked.order),
+            profile=choice.profile,
             stages=tuple(stages),
             elsewhere=choice.destination,
             headers=choice.headers,

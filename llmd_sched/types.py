@@ -251,6 +251,8 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     request: Request
     picked: tuple[Endpoint, ...]
     """In order of preference; the first is the one that is charged."""
+    profile: str = ""
+    """The one whose pick this is."""
     stages: tuple[Stage, ...] = ()
     """Endpoints that do part of the work (prefill, encode), by profile."""
     elsewhere: str = ""

@@ -62,6 +62,10 @@ class Observer:
         self._hit_ratio = telemetry.histogram("prefix_indexer_hit_ratio")
         self._hit_bytes = telemetry.histogram("prefix_indexer_hit_bytes")
 
+    @property
+    def traces(self) -> bool:
+        return type(self.tracer) is not Tracer
+
     def series(self, request: Request) -> Series:
         return self.telemetry.series(request.model, request.target_model, request.fairness_id, request.priority)
 

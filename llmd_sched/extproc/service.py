@@ -58,6 +58,14 @@ class Routed(NamedTuple):
     """Request headers to set beside the decision's."""
 
 
+class _Choice(NamedTuple):
+    """When a decision was made, on ``time.perf_counter``, and what its plugins took where that was timed."""
+
+    began_s: float
+    ended_s: float
+    timings: tuple[Timing, ...]
+
+
 class Objects(Protocol):
     """What the operator's objects say: a snapshot, read once for each request."""
 
@@ -131,6 +139,8 @@ class EndpointPicker:
         self.admit: Admit = self._at_once
         types = plugin_types or {}
         self.timings: list[Timing] = []
+        self._choices: dict[str, _Choice] = {}
+        """Of requests that are traced and not sent on yet."""
         router.sampled = timed(router.scheduling, types, time.perf_counter, self.timings) if types else None
         self.tokenize: Tokenize | None = None
         self._identities = identities or {}
@@ -148,7 +158,10 @@ class EndpointPicker:
         """What ``admit`` ends in. Raises RequestError."""
         began_s = time.perf_counter()
         decision = self.router.choose(request, subset, now_s)
-        self.observer.telemetry.scheduler_s.observe(time.perf_counter() - began_s)
+        ended_s = time.perf_counter()
+        self.observer.telemetry.scheduler_s.observe(ended_s - began_s)
+        if self.observer.traces:
+            self._choices[decision.ticket] = _Choice(began_s, ended_s, tuple(self.timings))
         if self.timings:
             self.observer.telemetry.observe_plugins(self.timings)
             self.timings.clear()
@@ -165,6 +178,9 @@ class EndpointPicker:
         except asyncio.CancelledError:
             span.refused("aborted", 0)
             raise
+        choice = self._choices.pop(routed.decision.ticket, None)
+        if choice is not None:
+            span.profile(routed.decision.profile, *choice)
         span.decided(routed.decision.ticket, {"endpoint": routed.decision.picked[0].key})
         return routed._replace(headers=span.headers) if span.headers else routed
 
@@ -278,6 +294,7 @@ class EndpointPicker:
 
     def finish(self, ticket: str, outcome: Outcome) -> None:
         now_s = self.clock()
+        self._choices.pop(ticket, None)
         decision = self.router.finish(ticket, outcome, now_s)
         if decision is not None:
             self.observer.ended(decision, outcome, now_s)

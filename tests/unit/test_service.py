@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -19,6 +20,7 @@ from llmd_sched.extproc.service import EndpointPicker
 from llmd_sched.extproc.session import Route
 from llmd_sched.pool.pool import Load, Pool
 from llmd_sched.telemetry import Telemetry
+from llmd_sched.tracing import Attributes, Span, Timing, Tracer
 from llmd_sched.types import Decision, End, Endpoint, Outcome, Prediction, Request
 
 PODS = [Endpoint(name=f"pod-{i}", address=f"10.0.0.{i + 1}", port=8000) for i in range(2)]
@@ -428,3 +430,29 @@ def test_a_model_that_cannot_be_rewritten_is_refused_before_anything_is_charged(
     with pytest.raises(UnsupportedMode, match="request_header_mode SEND"):
         asyncio.run(picker.service.route(Route(headers, raw, None, may_rewrite=False), raw))
     assert not picker.router.open
+
+
+class _Span(Span):
+    def __init__(self) -> None:
+        self.told: list[tuple[object, ...]] = []
+
+    def profile(self, name: str, began_s: float, ended_s: float, timings: Sequence[Timing] = ()) -> None:
+        self.told.append((name, began_s <= ended_s, [timing[0] for timing in timings]))
+
+    def decided(self, ticket: str, attributes: Attributes | None = None) -> None:
+        self.told.append((ticket,))
+
+
+class _Tracer(Tracer):
+    def __init__(self) -> None:
+        self.span = _Span()
+
+    def request(self, headers: Mapping[str, str], attributes: Attributes | None = None) -> Span:
+        return self.span
+
+
+def test_a_trace_is_told_of_the_profile_that_ran_before_it_is_told_where_the_request_goes(picker: Picker) -> None:
+    tracer = picker.service.observer.tracer = _Tracer()
+    decision = picker.route().decision
+    assert tracer.span.told == [("default", True, []), (decision.ticket,)]
+    assert picker.service._choices == {}
