@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint proto clean
+.PHONY: demo test fuzz lint proto clean
 
 demo: .venv/local  ## engines, scheduler and a real Envoy, a minute of traffic, a report
 	$(BIN)/llmd-sched up
 
 test: .venv/dev lint  ## all checks and all tests
 	$(BIN)/pytest
+
+fuzz: .venv/dev  ## the property tests, on examples that no run has seen
+	$(BIN)/pytest --hypothesis-profile=default tests/unit tests/contract
 
 lint: .venv/dev
 	$(BIN)/ruff check .

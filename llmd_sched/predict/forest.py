@@ -257,8 +257,9 @@ def _check(trees: Trees, features: int) -> int:
     widest = int(leaves.max(initial=0))
     if len(leaves) and (trees.first_leaf[0] != 0 or leaves.min() < 1 or widest > MAX_LEAVES):
         raise ValueError("the forest's leaves do not fit its trees")
-    if not np.isfinite(trees.leaf_value).all():
-        raise ValueError("a leaf of the forest is not a finite number")
+    with np.errstate(over="ignore"):  # that is what is looked for
+        if not np.isfinite(np.abs(trees.leaf_value).sum()):
+            raise ValueError("the leaves of the forest do not add up to a finite number")
     _check_nodes(trees.numeric, leaves, features)
     _check_nodes(trees.categorical, leaves, features)
     threshold, same_feature = trees.numeric.threshold, np.diff(trees.numeric.feature) == 0

@@ -1,0 +1,6 @@
+"""Property tests try the same examples each time, so that what passed here passes there; ``make fuzz`` draws new ones."""
+
+from hypothesis import settings
+
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
