@@ -1,0 +1,1 @@
+"""A batch gateway that speaks OpenAI's Files and Batch API and fills idle capacity of model servers."""
