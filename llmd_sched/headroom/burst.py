@@ -1,0 +1,89 @@
+"""Is this a burst? Decided from arrivals alone: how many run depends on batch, arrivals do not.
+
+Page's cumulative sum test (Biometrika 41, 1954) between two Poisson rates, both learned: evidence for the other mode
+gains ln(busy / quiet) with an arrival and loses busy - quiet a second, or the other way round, and never falls below 0.
+So five arrivals in a row say it where one a second is normal, and it takes milliseconds where hundreds a second come.
+"""
+
+from __future__ import annotations
+
+import math
+
+EVIDENCE = 8.0
+"""Nats that change the mode: a false alarm about every e**8 quiet arrivals."""
+
+QUIET_PER_S = 1.0
+BUSY_PER_S = 8.0
+"""Rates before anything was learned."""
+
+LEAST_RATIO = 4.0
+"""Of the busy to the quiet rate: less is not told apart, and is no burst."""
+
+LEAST_QUIET_PER_S = 0.2
+QUIET_TAU_S = 60.0
+BUSY_TAU_S = 30.0
+FORGET_TAU_S = 3600.0
+"""... of the busy rate while it is quiet."""
+
+TAIL_SHARE = 0.5
+"""A burst ends when no more than this share of its mean number of requests still runs."""
+
+RUNNING_TAU_S = 20.0
+
+
+class BurstDetector:
+    """``on`` is the mode; ``arrived`` and ``look`` keep it up to date. Times must not go back."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self.quiet_per_s = QUIET_PER_S
+        self.busy_per_s = BUSY_PER_S
+        self._evidence = 0.0
+        self._running = 0.0
+        """Mean over the burst."""
+        self._at_s: float | None = None
+
+    def arrived(self, now_s: float, running: float) -> None:
+        """One interactive request; ``running`` is how many there are of them, this one not counted."""
+        self._advance(now_s, running)
+        gain = math.log(self._busy_per_s / self._quiet_per_s)
+        self._evidence = max(0.0, self._evidence + (-gain if self.on else gain))
+        if self.on:
+            self.busy_per_s += 1 / BUSY_TAU_S
+        else:
+            self.quiet_per_s += 1 / QUIET_TAU_S
+        self._decide(running)
+
+    def look(self, now_s: float, running: float) -> None:
+        """Time passed; to be called a few times a second."""
+        self._advance(now_s, running)
+        self._decide(running)
+
+    @property
+    def _quiet_per_s(self) -> float:
+        return max(self.quiet_per_s, LEAST_QUIET_PER_S)
+
+    @property
+    def _busy_per_s(self) -> float:
+        return max(self.busy_per_s, LEAST_RATIO * self._quiet_per_s)
+
+    def _advance(self, now_s: float, running: float) -> None:
+        dt_s = 0.0 if self._at_s is None else now_s - self._at_s
+        self._at_s = now_s
+        drift = (self._busy_per_s - self._quiet_per_s) * dt_s
+        if self.on:
+            self._evidence = min(self._evidence + drift, EVIDENCE)
+            self.busy_per_s *= math.exp(-dt_s / BUSY_TAU_S)
+            self._running += (running - self._running) * -math.expm1(-dt_s / RUNNING_TAU_S)
+        else:
+            self._evidence = max(0.0, self._evidence - drift)
+            self.quiet_per_s *= math.exp(-dt_s / QUIET_TAU_S)
+            self.busy_per_s *= math.exp(-dt_s / FORGET_TAU_S)
+
+    def _decide(self, running: float) -> None:
+        if self._evidence < EVIDENCE or (self.on and running > max(1.0, TAIL_SHARE * self._running)):
+            return
+        self.on = not self.on
+        self._evidence = 0.0
+        if self.on:
+            self._running = running
