@@ -21,6 +21,9 @@ BOUND_QUANTILE = 0.95
 BOUND_STEP = 0.01
 """Relative; the learned bound moves by this share of itself, weighted, with each look in a burst."""
 
+SMOOTH_SHARE = 0.1
+"""Weight of a new T0: its mean over some seconds is what a request gets to feel."""
+
 CARRY_SHARE = 0.8
 """Interactive requests are put together while their steps stay within this share of the bound."""
 
@@ -41,6 +44,8 @@ class HeadroomBoard:
         self.loads: dict[str, EndpointLoad] = {}
         self.bound_s: float | None = None if settings.itl_ms is None else settings.itl_ms / 1e3
         self.version = 0
+        self._step_s = 0.0
+        """T0 of the busiest endpoint in bursts, smoothed."""
         self._flights: dict[str, tuple[EndpointLoad, Flight]] = {}
         self._interactive = 0
         self._carriers: dict[str, float] = {}
@@ -126,9 +131,10 @@ class HeadroomBoard:
         """A quantile of T0 in bursts, by stochastic approximation."""
         if self.settings.itl_ms is not None or not self.detector.on or not self._interactive:
             return
-        busiest_s = max(load.step_without_batch_s() for load in self.loads.values())
-        bound_s = self.bound_s if self.bound_s is not None else busiest_s
-        above = busiest_s > bound_s
+        step_s = max(load.step_without_batch_s() for load in self.loads.values())
+        self._step_s += (step_s - self._step_s) * (SMOOTH_SHARE if self._step_s else 1)
+        bound_s = self.bound_s if self.bound_s is not None else self._step_s
+        above = self._step_s > bound_s
         self.bound_s = bound_s * (1 + BOUND_STEP * (above - (1 - BOUND_QUANTILE)))
 
     def _budget_s(self, name: str, load: EndpointLoad) -> float:

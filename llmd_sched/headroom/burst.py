@@ -2,28 +2,30 @@
 
 Page's cumulative sum test (Biometrika 41, 1954) between two Poisson rates, both learned: evidence for the other mode
 gains ln(busy / quiet) with an arrival and loses busy - quiet a second, or the other way round, and never falls below 0.
-So five arrivals in a row say it where one a second is normal, and it takes milliseconds where hundreds a second come.
+So six arrivals in a row say it where one a second is normal, and it takes milliseconds where hundreds a second come.
 """
 
 from __future__ import annotations
 
 import math
 
-EVIDENCE = 8.0
-"""Nats that change the mode: a false alarm about every e**8 quiet arrivals."""
+ONSET_EVIDENCE = 12.0
+"""Nats that begin a burst. A false alarm costs the prefill of all batch on the engines: 8 had one in five minutes."""
+
+END_EVIDENCE = 8.0
 
 QUIET_PER_S = 1.0
 BUSY_PER_S = 8.0
 """Rates before anything was learned."""
 
 LEAST_RATIO = 4.0
-"""Of the busy to the quiet rate: less is not told apart, and is no burst."""
+"""Of the busy to the quiet rate: were the quiet one taken for higher, it would creep up until no burst is one."""
 
 LEAST_QUIET_PER_S = 0.2
-QUIET_TAU_S = 60.0
+QUIET_TAU_S = 120.0
 BUSY_TAU_S = 30.0
-FORGET_TAU_S = 3600.0
-"""... of the busy rate while it is quiet."""
+FORGET_TAU_S = 1800.0
+"""... of a busy rate above BUSY_PER_S while it is quiet: one flood must not hide the bursts of another day."""
 
 TAIL_SHARE = 0.5
 """A burst ends when no more than this share of its mean number of requests still runs."""
@@ -46,7 +48,8 @@ class BurstDetector:
     def arrived(self, now_s: float, running: float) -> None:
         """One interactive request; ``running`` is how many there are of them, this one not counted."""
         self._advance(now_s, running)
-        gain = math.log(self._busy_per_s / self._quiet_per_s)
+        quiet_per_s, busy_per_s = self._rates_per_s
+        gain = math.log(busy_per_s / quiet_per_s)
         self._evidence = max(0.0, self._evidence + (-gain if self.on else gain))
         if self.on:
             self.busy_per_s += 1 / BUSY_TAU_S
@@ -60,28 +63,28 @@ class BurstDetector:
         self._decide(running)
 
     @property
-    def _quiet_per_s(self) -> float:
-        return max(self.quiet_per_s, LEAST_QUIET_PER_S)
-
-    @property
-    def _busy_per_s(self) -> float:
-        return max(self.busy_per_s, LEAST_RATIO * self._quiet_per_s)
+    def _rates_per_s(self) -> tuple[float, float]:
+        busy_per_s = max(self.busy_per_s, LEAST_RATIO * LEAST_QUIET_PER_S)
+        return min(max(self.quiet_per_s, LEAST_QUIET_PER_S), busy_per_s / LEAST_RATIO), busy_per_s
 
     def _advance(self, now_s: float, running: float) -> None:
         dt_s = 0.0 if self._at_s is None else now_s - self._at_s
         self._at_s = now_s
-        drift = (self._busy_per_s - self._quiet_per_s) * dt_s
+        quiet_per_s, busy_per_s = self._rates_per_s
+        drift = (busy_per_s - quiet_per_s) * dt_s
         if self.on:
-            self._evidence = min(self._evidence + drift, EVIDENCE)
+            self._evidence = min(self._evidence + drift, END_EVIDENCE)
             self.busy_per_s *= math.exp(-dt_s / BUSY_TAU_S)
             self._running += (running - self._running) * -math.expm1(-dt_s / RUNNING_TAU_S)
         else:
             self._evidence = max(0.0, self._evidence - drift)
             self.quiet_per_s *= math.exp(-dt_s / QUIET_TAU_S)
-            self.busy_per_s *= math.exp(-dt_s / FORGET_TAU_S)
+            self.busy_per_s += max(self.busy_per_s - BUSY_PER_S, 0.0) * math.expm1(-dt_s / FORGET_TAU_S)
 
     def _decide(self, running: float) -> None:
-        if self._evidence < EVIDENCE or (self.on and running > max(1.0, TAIL_SHARE * self._running)):
+        if self._evidence < (END_EVIDENCE if self.on else ONSET_EVIDENCE):
+            return
+        if self.on and running > max(1.0, TAIL_SHARE * self._running):
             return
         self.on = not self.on
         self._evidence = 0.0
