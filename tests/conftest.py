@@ -1,4 +1,4 @@
-"""Property tests try the same examples each time, so that what passed here passes there; ``make fuzz`` draws new ones."""
+"""Property tests try the same examples each time: what passed here passes there. ``make fuzz`` draws new ones."""
 
 from hypothesis import settings
 
