@@ -1,10 +1,9 @@
 """What can go wrong, as one tree; a refusal knows its HTTP status, OpenAI's type and a code to program against.
 
+What storage raises stands with its protocol (``store.base``, ``blobs``).
+
 GatewayError
 ├── ConfigError              bad configuration: dies at start, names the path in the file
-├── LeaseLost                what this worker held is another's now; its late write is dropped
-├── StoreError               the database or the blob store failed, or took too long
-│   └── BlobMissing          there are no bytes under this key
 └── Refusal                  one request of a user is refused; becomes OpenAI's error envelope
     ├── InvalidRequest       400
     │   └── MissingParameter 400, missing_required_parameter
@@ -36,18 +35,6 @@ class ConfigError(GatewayError):
     def __init__(self, message: str, path: str = "$") -> None:
         super().__init__(f"{path}: {message}")
         self.path = path
-
-
-class LeaseLost(GatewayError):
-    """The epoch of a lease has moved on: somebody else does this work now."""
-
-
-class StoreError(GatewayError):
-    """The database or the blob store failed, or did not answer in time; a later attempt may succeed."""
-
-
-class BlobMissing(StoreError):
-    """No bytes are stored under the key."""
 
 
 class Refusal(GatewayError):

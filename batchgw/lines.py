@@ -127,7 +127,8 @@ class Scanner:
             self._line.clear()
 
     def _end_line(self, newline: int) -> None:
-        if self._number == self._limits.max_lines and (self._line_bytes > 1 or self._line.strip()):
+        blank = self._line_bytes <= self._limits.max_line_bytes and not self._line.strip()
+        if self._number >= self._limits.max_lines * (2 if blank else 1):
             self._stop()
             return
         raw, length, offset = bytes(self._line), self._line_bytes, self._at
@@ -135,10 +136,9 @@ class Scanner:
         self._line_bytes = 0
         self._at += length + newline
         self._number += 1
-        self._full = self._number > 2 * self._limits.max_lines
         if offset == 0 and raw.startswith(BOM):
             raw, offset = raw[len(BOM) :], len(BOM)
-        if length <= self._limits.max_line_bytes and not raw.strip():
+        if blank or (offset == len(BOM) and not raw.strip()):
             self._blank += 1
             return
         self._note_blank_lines()
@@ -182,11 +182,13 @@ class Scanner:
 
     def _decoded(self, raw: bytes) -> Line:
         try:
-            return self._decode(raw)
-        except msgspec.ValidationError:
-            raise _BadLine(*explain(raw)) from None
+            try:
+                return self._decode(raw)
+            except msgspec.ValidationError:
+                wrong = explain(raw)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            raise _BadLine("invalid_json_line", "This line is not parseable as valid JSON.") from None
+            wrong = "invalid_json_line", "This line is not parseable as valid JSON.", None
+        raise _BadLine(*wrong)
 
     def _check_envelope(self, line: Line) -> None:
         if not line.custom_id:
@@ -254,6 +256,18 @@ class Scanner:
 def read_plan(data: bytes) -> Plan:
     """Rows of a plan file, or of a slice of it cut at multiples of ``PLAN.itemsize``. Read-only."""
     return np.frombuffer(data, PLAN)
+
+
+def refusals(scan: Scan, endpoint: str) -> tuple[LineError, ...]:
+    """Why a batch for ``endpoint`` cannot run on the file scanned; empty when it can."""
+    errors = list(scan.errors)
+    if scan.error_count > len(errors):
+        more = f"{scan.error_count - len(errors)} more lines have errors; the first {len(errors)} are listed."
+        errors.append(LineError("more_errors", more))
+    if not errors and scan.urls != (endpoint,):
+        message = f"url is {scan.urls[0]} but the batch's endpoint is {endpoint}; they must be equal on every line."
+        errors.append(LineError("url_mismatch", message, "url", 1))
+    return tuple(errors)
 
 
 def _shown(text: str) -> str:

@@ -1,28 +1,25 @@
-"""What a line of a batch asks: its fields, the text of its prompt, and a chain of hashes of the prompt's head."""
+"""One line of a batch input: its shape, the text a model will read first, and that text's prefix chain. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from hashlib import blake2b
 from typing import Any
 
 import msgspec
 
-MEDIA_BYTES = 1024
-"""What an image, a sound or a file counts for, whatever its size: a tokenizer does not see its base64."""
-TOKEN_BYTES = 4
-"""Of a prompt given as token ids."""
 BLOCK_BYTES = 256
-LINKS = 4
-"""Blocks of a prompt that the chain covers."""
-DEEPEST = 6
-"""Lists and objects in one another that are read for text; messages have 4."""
-
-_MEDIA = ("image_url", "input_image", "input_audio", "audio_url", "video_url", "file", "input_file")
+BLOCKS = 4
+"""Blocks of the chain: lines that agree for longer run together anyway, in the order of the file."""
+LINK_BYTES = 8
+MEDIA_BYTES = 4096
+"""What an embedded image or sound counts as: about a thousand tokens, whatever its size."""
+MAX_NUMBER_RUN = 1 << 20
+"""Numbers of one prompt that are looked at one by one: more tokens than any model reads."""
 
 
 class Body(msgspec.Struct):
-    """The part of a request's body that a batch looks at; all else passes unread."""
+    """The fields of a request's body that matter here; all others are the engine's business."""
 
     model: str
     stream: Any = None
@@ -41,86 +38,79 @@ class Line(msgspec.Struct):
 
 
 def explain(raw: bytes) -> tuple[str, str, str | None]:
-    """(code, message, param) of a line that is JSON and no request."""
-    try:
-        line = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return "invalid_json_line", "This line is not parseable as valid JSON.", None
+    """Code, message and parameter of what is wrong with a line that is JSON but no ``Line``.
+
+    Raises as msgspec does where it is no JSON after all: it may be broken behind the first wrong type.
+    """
+    line = msgspec.json.decode(raw)
     if not isinstance(line, dict):
-        return "invalid_json_line", "This line is JSON but no object; {...} is expected.", None
-    for name, kind in (("custom_id", str), ("method", str), ("url", str), ("body", dict)):
-        wrong = _wrong(line, name, kind, name)
-        if wrong is not None:
-            return wrong
-    return _wrong(line["body"], "model", str, "body.model") or ("invalid_request", "This line is no request.", None)
+        return "invalid_json_line", f"This line is {_kind(line)}; a JSON object is expected.", None
+    body = line.get("body")
+    inner = body if isinstance(body, dict) else {}
+    fields = [("custom_id", line, str), ("method", line, str), ("url", line, str), ("body", line, dict)]
+    for name, holder, kind in [*fields, ("body.model", inner, str)]:
+        value = holder.get(name.removeprefix("body."))
+        if value is None:
+            return "missing_required_parameter", f"{name} is missing; {_EXPECTED[kind]} is expected.", name
+        if not isinstance(value, kind):
+            return "invalid_type", f"{name} is {_kind(value)}; {_EXPECTED[kind]} is expected.", name
+    return "invalid_json_line", "This line is not a request: custom_id, method, url and body are expected.", None
 
 
-def _wrong(holder: dict[str, Any], name: str, kind: type, param: str) -> tuple[str, str, str] | None:
-    expected = "an object" if kind is dict else "a string"
-    if name not in holder:
-        return "missing_required_parameter", f"{param} is missing; {expected} is expected.", param
-    if not isinstance(holder[name], kind):
-        return "invalid_type", f"{param} is of the wrong type; {expected} is expected.", param
-    return None
+_EXPECTED: dict[type, str] = {str: "a string", dict: "an object"}
+_KINDS: dict[type, str] = {**_EXPECTED, bool: "a boolean", int: "a number", float: "a number", list: "an array"}
+
+
+def _kind(value: object) -> str:
+    return _KINDS.get(type(value), "null")
 
 
 def prompt(body: Body) -> tuple[bytes, int]:
-    """The head of the prompt's text, as far as ``chain`` reads, and the size of all of it in bytes."""
-    head, size = bytearray(), 0
-    for part in _parts(body):
-        size += len(part) if isinstance(part, bytes) else part
-        if isinstance(part, bytes) and len(head) < BLOCK_BYTES * LINKS:
-            head += part[: BLOCK_BYTES * LINKS - len(head)]
-    return bytes(head), size
+    """The start of the prompt in one canonical form (text alone or as one text part is the same), and its size."""
+    parts: list[str] = []
+    kept = size = 0
+    for text in _texts([body.instructions, body.messages, body.prompt, body.input]):
+        if text.startswith("data:") and ";base64," in text[:100]:
+            size += MEDIA_BYTES
+        else:
+            size += len(text) if text.isascii() else len(text.encode())
+        if kept < BLOCK_BYTES * BLOCKS:
+            parts.append(text)
+            kept += len(text)
+    return "".join(parts).encode()[: BLOCK_BYTES * BLOCKS], min(size, 0xFFFFFFFF)
 
 
-def _parts(body: Body) -> Iterator[bytes | int]:
-    """Text, or the bytes that something without text counts for."""
-    for value in (body.instructions, body.messages, body.prompt, body.input):
-        yield from _text(value)
+def chain(model: str, tools: bytes, text: bytes) -> bytes:
+    """``BLOCKS`` links of ``LINK_BYTES``, each over its block and the link before it; zeros where the text ends.
 
-
-def _text(value: Any, depth: int = DEEPEST) -> Iterator[bytes | int]:
-    if not depth:
-        return
-    match value:
-        case str():
-            yield value.encode("utf-8", "surrogatepass")
-        case bool() | None:
-            return
-        case int():
-            yield TOKEN_BYTES
-        case list():
-            for one in value:
-                yield from _text(one, depth - 1)
-        case {"type": kind} if kind in _MEDIA:
-            yield MEDIA_BYTES
-        case dict():
-            for name in ("role", "text", "content"):
-                yield from _text(value.get(name), depth - 1)
-
-
-def chain(model: str, tools: bytes, head: bytes) -> bytes:
-    """``LINKS`` hashes of 8 bytes; equal up to link n where model, tools and the first n + 1 blocks are.
-
-    A last block that is not full is hashed as it is; links beyond the prompt's end repeat the last one.
+    The model and its tools seed it: templates put tools before all messages.
     """
-    link = blake2b(model.encode() + b"\0" + tools, digest_size=8).digest()
-    links = bytearray()
-    for at in range(0, BLOCK_BYTES * LINKS, BLOCK_BYTES):
-        block = head[at : at + BLOCK_BYTES]
-        if block:
-            link = blake2b(link + block, digest_size=8).digest()
-        links += link
-    return bytes(links)
+    link = blake2b(model.encode() + b"\0" + tools, digest_size=LINK_BYTES).digest()
+    links = []
+    for start in range(0, max(1, len(text)), BLOCK_BYTES):
+        link = blake2b(link + text[start : start + BLOCK_BYTES], digest_size=LINK_BYTES).digest()
+        links.append(link)
+    return b"".join(links).ljust(BLOCKS * LINK_BYTES, b"\0")
 
 
-def embedding_inputs(value: Any) -> int:
-    """How many texts ``input`` holds: a string or a list of token ids is one."""
-    if not isinstance(value, list) or not _many(value):
-        return 1
-    return len(value)
+def embedding_inputs(value: object) -> int:
+    """How many texts an embeddings request asks for: a list of token ids is one."""
+    return len(value) if isinstance(value, list) and value and isinstance(value[0], str | list) else 1
 
 
-def _many(values: Iterable[Any]) -> bool:
-    return any(isinstance(one, str | list) for one in values)
+def _texts(value: object) -> Iterator[str]:
+    """Every string within, in the order a template reads them; a stack, as input may nest deeper than Python calls."""
+    stack, numbers = [value], 0
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, list):
+            stack.extend(reversed(item))
+        elif isinstance(item, dict):
+            stack.extend(item[key] for key in sorted(item, reverse=True) if key not in ("role", "type"))
+            if "role" in item:
+                stack.append(item["role"])
+        elif isinstance(item, int) and not isinstance(item, bool) and numbers < MAX_NUMBER_RUN:
+            numbers += 1
+            yield f"{item} "

@@ -87,6 +87,9 @@ class Files(Protocol):
     async def expired_files(self, now_s: float, limit: int) -> list[File]:
         """Files past ``expires_s`` that no unfinished batch reads, oldest first; they stay until removed."""
 
+    async def stored_bytes(self, tenant: str) -> int:
+        """Of the tenant's files."""
+
     async def add_upload(self, upload: Upload) -> None: ...
 
     async def upload(self, tenant: str, upload_id: str) -> Upload | None: ...

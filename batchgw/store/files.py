@@ -51,6 +51,11 @@ class SqlFiles(OnDatabase):
         async with self.database.read() as connection:
             return [to_record(File, row) for row in await connection.execute(query)]
 
+    async def stored_bytes(self, tenant: str) -> int:
+        query = sa.select(sa.func.sum(files.c.bytes)).where(files.c.tenant == tenant)
+        async with self.database.read() as connection:
+            return int(await connection.scalar(query) or 0)
+
     async def add_upload(self, upload: Upload) -> None:
         async with self.database.write() as connection:
             await connection.execute(self.database.insert(uploads).values(to_row(upload)).on_conflict_do_nothing())
