@@ -7,7 +7,7 @@ them as they come. Without news it falls back to a small fixed number.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -23,6 +23,9 @@ ONSET_S = 1.0
 
 ANYWHERE = ""
 """Endpoint of lines that are sent before any endpoint was named: wherever the router likes."""
+
+PATIENCE_S = 120.0
+"""Of aborted lines: in a burst that lasts longer they go on too, when there is nothing else."""
 
 TOLERATED_SHARE = 1.1
 TOLERATED_LINES = 2
@@ -52,6 +55,8 @@ class Headroom(msgspec.Struct, frozen=True, kw_only=True):
     """Batch requests that may be in flight."""
     prefill_tokens: int
     """Batch prompt tokens that may wait for their first token together; one prompt always may."""
+    prefill_tokens_per_s: float | None
+    """At which batch prompts may be sent; None = no bound."""
     step_budget_ms: float | None
     batch_running: int
     """As the scheduler counts them."""
@@ -117,11 +122,25 @@ class _Place:
 
     def __init__(self, headroom: Headroom | None = None) -> None:
         self.headroom = headroom
+        self.gone = False
+        """The latest news did not name it."""
         self.onset_s: float | None = None
         self.lines: dict[str, Line] = {}
         self.outstanding_tokens = 0
         """Of prompts whose first token has not come."""
         self.prefilling = 0
+        self.credit_tokens = 0.0
+        """Of prompts that may be sent; below 0 while a long one is paid off."""
+        self._at_s = 0.0
+
+    def earn(self, now_s: float) -> None:
+        """Credit for the time since the last call; no more is saved up than may be outstanding."""
+        dt_s, self._at_s = max(now_s - self._at_s, 0.0), now_s
+        if self.headroom is None or self.headroom.prefill_tokens_per_s is None:
+            self.credit_tokens = 1.0
+        else:
+            earned = self.credit_tokens + self.headroom.prefill_tokens_per_s * dt_s
+            self.credit_tokens = min(earned, float(max(self.headroom.prefill_tokens, 1)))
 
 
 class Pace:
@@ -140,8 +159,7 @@ class Pace:
         for name in [n for n, place in self._places.items() if n not in named and not place.lines]:
             del self._places[name]
         for name, place in self._places.items():
-            if name not in named:
-                place.headroom = None
+            place.gone = name not in named
         for name, headroom in named.items():
             place = self._places.setdefault(name, _Place())
             before, place.headroom = place.headroom, headroom
@@ -183,7 +201,7 @@ class Pace:
         """Lines to close now, to be resumed later with the tokens they have: the least computed first."""
         ids: list[str] = []
         for place in self._places.values():
-            if place.headroom is None or place.onset_s is None or now_s - place.onset_s > ONSET_S:
+            if place.headroom is None or place.gone or place.onset_s is None or now_s - place.onset_s > ONSET_S:
                 continue
             n_star = place.headroom.n_star
             if len(place.lines) > TOLERATED_SHARE * n_star + TOLERATED_LINES:
@@ -192,7 +210,7 @@ class Pace:
         return ids
 
     def starts(self, waiting: Sequence[Waiting], now_s: float) -> list[Start]:
-        """Which of the waiting lines to send where; the caller's order is theirs.
+        """Which of the waiting lines to send where, in the caller's order between bursts; what it names is to be sent.
 
         The first LOOK_AHEAD of those never aborted and of the aborted are looked at: so give both, or a burst that
         follows many aborts finds nothing to take.
@@ -203,25 +221,35 @@ class Pace:
             self._places[ANYWHERE] = _Place()
         chosen: list[Start] = []
         for name, place in self._places.items():
-            lines, allowance, burst = self._limits(place, stale)
-            room = lines - len(place.lines)
-            outstanding, prefilling = place.outstanding_tokens, place.prefilling
-            while room > 0 and left:
-                index = _shortest(left) if burst else next(iter(left))
-                if index is None or (prefilling and outstanding + left[index].prompt_tokens > allowance):
-                    break
-                outstanding += left.pop(index).prompt_tokens
-                prefilling += 1
-                room -= 1
-                chosen.append(Start(index, name))
+            place.earn(now_s)
+            impatient = stale or (place.onset_s is not None and now_s - place.onset_s > PATIENCE_S)
+            chosen += [Start(position, name) for position in self._choose(place, left, stale, impatient)]
         return chosen
+
+    def _choose(self, place: _Place, left: dict[int, Waiting], stale: bool, impatient: bool) -> Iterator[int]:
+        """Takes what it chooses out of ``left``, and its prompt out of the credit."""
+        lines, allowance, picky = self._limits(place, stale)
+        metered = not stale and place.headroom is not None and place.headroom.prefill_tokens_per_s is not None
+        outstanding, prefilling = place.outstanding_tokens, place.prefilling
+        for _ in range(lines - len(place.lines)):
+            position = _shortest(left, impatient) if picky else next(iter(left), None)
+            if position is None or (metered and place.credit_tokens <= 0):
+                return
+            if prefilling and outstanding + left[position].prompt_tokens > allowance:
+                return
+            prompt_tokens = left.pop(position).prompt_tokens
+            outstanding += prompt_tokens
+            prefilling += 1
+            if metered:
+                place.credit_tokens -= prompt_tokens
+            yield position
 
     def _limits(self, place: _Place, stale: bool) -> tuple[int, int, bool]:
         """Lines, outstanding prompt tokens, and whether to be picky."""
-        if stale:
-            return self.fixed.lines, self.fixed.prefill_tokens, True
-        if place.headroom is None:
+        if place.gone:
             return 0, 0, True
+        if stale or place.headroom is None:
+            return self.fixed.lines, self.fixed.prefill_tokens, True
         return place.headroom.n_star, place.headroom.prefill_tokens, place.headroom.mode == "burst"
 
     def _prefilled(self, line: Line) -> None:
@@ -241,7 +269,8 @@ def _looked_at(waiting: Sequence[Waiting]) -> dict[int, Waiting]:
     return left
 
 
-def _shortest(left: dict[int, Waiting]) -> int | None:
-    """A line that was aborted is no candidate: its prompt is long, and its prefill was paid once already."""
-    fresh = [index for index, line in left.items() if not line.aborted]
-    return min(fresh, key=lambda index: left[index].prompt_tokens, default=None)
+def _shortest(left: dict[int, Waiting], aborted_too: bool) -> int | None:
+    """An aborted line comes last: its prompt is long, and its prefill was paid once already."""
+    fresh = [position for position, line in left.items() if not line.aborted]
+    among = fresh or (left if aborted_too else ())
+    return min(among, key=lambda position: left[position].prompt_tokens, default=None)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from llmd_sched.headroom.burst import BurstDetector
-from llmd_sched.headroom.law import HeadroomSettings, prefill_allowance, target
+from llmd_sched.headroom.law import HeadroomSettings, prefill_allowance, prefill_rate, target
 from llmd_sched.headroom.load import EndpointLoad, Flight
 from llmd_sched.headroom.steps import StepModel
 from llmd_sched.headroom.wire import Assumed, Headroom, Mode, PoolHeadroom
@@ -18,6 +18,9 @@ UNLEARNED = 1.5
 """The step-time bound before a burst was seen, in units of b0."""
 
 BOUND_QUANTILE = 0.95
+BOUND_SLACK = 1.08
+"""Of the learned bound: a step may be that much longer still without the slowest requests being slower by more."""
+
 BOUND_STEP = 0.01
 """Relative; the learned bound moves by this share of itself, weighted, with each look in a burst."""
 
@@ -42,7 +45,8 @@ class HeadroomBoard:
         self.settings = settings
         self.detector = BurstDetector()
         self.loads: dict[str, EndpointLoad] = {}
-        self.bound_s: float | None = None if settings.itl_ms is None else settings.itl_ms / 1e3
+        self.learned_s: float | None = None
+        """The quantile of T0 in bursts; None before one, and where the operator gave a bound."""
         self.version = 0
         self._step_s = 0.0
         """T0 of the busiest endpoint in bursts, smoothed."""
@@ -50,8 +54,10 @@ class HeadroomBoard:
         self._interactive = 0
         self._carriers: dict[str, float] = {}
         """Since when."""
-        self._enough_s: float | None = None
-        """Since when fewer would do."""
+        self._enough_s = -math.inf
+        """When as many as there are were needed last."""
+        self._burst_s = -math.inf
+        """When there was a burst last."""
 
     @property
     def mode(self) -> Mode:
@@ -125,7 +131,9 @@ class HeadroomBoard:
         return PoolHeadroom(version=self.version, mode=self.mode, carriers=carriers, endpoints=endpoints)
 
     def _bound_s(self, load: EndpointLoad) -> float:
-        return self.bound_s if self.bound_s is not None else UNLEARNED * load.model.base_s
+        if self.settings.itl_ms is not None:
+            return self.settings.itl_ms / 1e3
+        return UNLEARNED * load.model.base_s if self.learned_s is None else BOUND_SLACK * self.learned_s
 
     def _learn_bound(self) -> None:
         """A quantile of T0 in bursts, by stochastic approximation."""
@@ -133,9 +141,9 @@ class HeadroomBoard:
             return
         step_s = max(load.step_without_batch_s() for load in self.loads.values())
         self._step_s += (step_s - self._step_s) * (SMOOTH_SHARE if self._step_s else 1)
-        bound_s = self.bound_s if self.bound_s is not None else self._step_s
-        above = self._step_s > bound_s
-        self.bound_s = bound_s * (1 + BOUND_STEP * (above - (1 - BOUND_QUANTILE)))
+        learned_s = self.learned_s if self.learned_s is not None else self._step_s
+        above = self._step_s > learned_s
+        self.learned_s = learned_s * (1 + BOUND_STEP * (above - (1 - BOUND_QUANTILE)))
 
     def _budget_s(self, name: str, load: EndpointLoad) -> float:
         bound_s = self._bound_s(load)
@@ -153,6 +161,7 @@ class HeadroomBoard:
             mode=self.mode,
             n_star=target(load, budget_s, self.settings.kv_share),
             prefill_tokens=prefill_allowance(self.settings, self.detector.on, budget_s),
+            prefill_tokens_per_s=prefill_rate(load, budget_s),
             step_budget_ms=None if budget_s == math.inf else budget_s * 1e3,
             batch_running=load.batch.running,
             assumed=Assumed(
@@ -169,13 +178,14 @@ class HeadroomBoard:
         )
 
     def _choose_carriers(self, now_s: float) -> None:
+        """More at once when they are needed; fewer after a while, or as a burst runs out."""
         names = list(self.loads)
         needed = len(names) if self.detector.on or not self.settings.consolidate else self._needed()
+        if self.detector.on:
+            self._burst_s = now_s
         if needed >= len(self._carriers):
-            self._enough_s = None
-        elif self._enough_s is None:
             self._enough_s = now_s
-        if needed < len(self._carriers) and now_s - (self._enough_s or now_s) < SHRINK_AFTER_S:
+        elif now_s - self._enough_s < SHRINK_AFTER_S <= now_s - self._burst_s:
             return
         self._carriers = {name: self._carriers.get(name, now_s) for name in names[:needed]}
 

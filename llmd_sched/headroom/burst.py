@@ -14,6 +14,9 @@ ONSET_EVIDENCE = 12.0
 
 END_EVIDENCE = 8.0
 
+LEAST_S = 0.2
+"""For so long there must have been evidence of a burst: a handful of requests sent at once is none."""
+
 QUIET_PER_S = 1.0
 BUSY_PER_S = 8.0
 """Rates before anything was learned."""
@@ -27,7 +30,7 @@ BUSY_TAU_S = 30.0
 FORGET_TAU_S = 1800.0
 """... of a busy rate above BUSY_PER_S while it is quiet: one flood must not hide the bursts of another day."""
 
-TAIL_SHARE = 0.5
+TAIL_SHARE = 0.6
 """A burst ends when no more than this share of its mean number of requests still runs."""
 
 RUNNING_TAU_S = 20.0
@@ -41,6 +44,8 @@ class BurstDetector:
         self.quiet_per_s = QUIET_PER_S
         self.busy_per_s = BUSY_PER_S
         self._evidence = 0.0
+        self._since_s = 0.0
+        """When there was no evidence last."""
         self._running = 0.0
         """Mean over the burst."""
         self._at_s: float | None = None
@@ -55,12 +60,12 @@ class BurstDetector:
             self.busy_per_s += 1 / BUSY_TAU_S
         else:
             self.quiet_per_s += 1 / QUIET_TAU_S
-        self._decide(running)
+        self._decide(now_s, running)
 
     def look(self, now_s: float, running: float) -> None:
         """Time passed; to be called a few times a second."""
         self._advance(now_s, running)
-        self._decide(running)
+        self._decide(now_s, running)
 
     @property
     def _rates_per_s(self) -> tuple[float, float]:
@@ -78,11 +83,15 @@ class BurstDetector:
             self._running += (running - self._running) * -math.expm1(-dt_s / RUNNING_TAU_S)
         else:
             self._evidence = max(0.0, self._evidence - drift)
+            if not self._evidence:
+                self._since_s = now_s
             self.quiet_per_s *= math.exp(-dt_s / QUIET_TAU_S)
             self.busy_per_s += max(self.busy_per_s - BUSY_PER_S, 0.0) * math.expm1(-dt_s / FORGET_TAU_S)
 
-    def _decide(self, running: float) -> None:
+    def _decide(self, now_s: float, running: float) -> None:
         if self._evidence < (END_EVIDENCE if self.on else ONSET_EVIDENCE):
+            return
+        if not self.on and now_s - self._since_s < LEAST_S:
             return
         if self.on and running > max(1.0, TAIL_SHARE * self._running):
             return

@@ -31,7 +31,7 @@ class HeadroomSettings(msgspec.Struct, frozen=True, kw_only=True, rename="camel"
     """Batch prompt tokens that may wait for their first token together; one prompt always may."""
     idle_prefill_tokens: int = 1024
     """... between bursts, where a step is bounded."""
-    free_prefill_tokens: int = 4096
+    free_prefill_tokens: int = 8192
     """... where it is not: what was aborted is back the sooner."""
     consolidate: bool = True
     """Send interactive requests to few endpoints while these hold them, and leave the others to batch."""
@@ -67,3 +67,15 @@ def prefill_allowance(settings: HeadroomSettings, bursting: bool, budget_s: floa
     if bursting:
         return settings.burst_prefill_tokens
     return settings.free_prefill_tokens if budget_s == math.inf else settings.idle_prefill_tokens
+
+
+def prefill_rate(load: EndpointLoad, budget_s: float) -> float | None:
+    """Batch prompt tokens per second that fill a mean step up to ``budget_s`` beside what decodes now.
+
+    With n* in flight it is what these drag along; below n*, where batch is filled up, it is more. None = no bound.
+    """
+    if budget_s == math.inf:
+        return None
+    running, context_tokens = load.decoding()
+    left_s = budget_s * (1 - load.prefill_share) - load.model.base_s - load.model.load_s(running, context_tokens)
+    return max(left_s, 0.0) / (budget_s * load.model.prefill_token_s) if load.model.prefill_token_s else None

@@ -112,6 +112,11 @@ class EndpointLoad:
         side = self.interactive
         return side.running / self.stretch, side.context_tokens(self._steps) / self.stretch
 
+    def decoding(self) -> tuple[float, float]:
+        """Sequences that decode now, batch and interactive, and their context."""
+        sides = (self.interactive, self.batch)
+        return sum(side.decoding for side in sides), sum(side.context_tokens(self._steps) for side in sides)
+
     def step_without_batch_s(self) -> float:
         """T0."""
         return (self.model.base_s + self.model.load_s(*self.without_batch())) / (1 - self.prefill_share)
@@ -182,10 +187,9 @@ class EndpointLoad:
         flight.mark_s, flight.steps, flight.load, flight.prefilled = now_s, self._steps, self._load, self._prefilled
 
     def _step(self, dt_s: float) -> None:
-        sequences = self.interactive.decoding + self.batch.decoding
+        sequences, context = self.decoding()
         if not sequences:
             return
-        context = self.interactive.context_tokens(self._steps) + self.batch.context_tokens(self._steps)
         steps = dt_s / (self.model.base_s + self.model.load_s(sequences, context))
         self._steps += steps
         self._load += steps * self.calibration.prior.load_s(sequences, context)

@@ -41,6 +41,8 @@ class Headroom(msgspec.Struct, frozen=True, kw_only=True):
     """Batch requests that may be in flight."""
     prefill_tokens: int
     """Batch prompt tokens that may wait for their first token together; one prompt always may."""
+    prefill_tokens_per_s: float | None
+    """At which batch prompts may be sent; None = no bound. Keeps the mean step within T_b while batch fills up."""
     step_budget_ms: float | None
     """T_b: what a step may take; None = no bound."""
     batch_running: int
