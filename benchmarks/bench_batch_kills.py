@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import logging
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from batchgw.store import open_store
 from batchgw.store.base import Store, StoreUnavailable
 from benchmarks.batch_engine import Asked, Engine, Fault, running, sometimes
 from benchmarks.batch_site import Process, Site, requests, site, went_back, wrong
+from benchmarks.results import table, write_json
 
 WORKERS = 3
 KINDS = ("worker", "database", "engine")
@@ -209,7 +209,7 @@ async def bench(store_url: str, folder: Path, seed: int, kills: int, batches: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("--json", type=Path, help="where the report goes")
+    parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("--store", default="", help="URL of an empty database; SQLite in a temporary folder by default")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kills", type=int, default=200)
@@ -219,11 +219,29 @@ def main() -> None:
     logging.basicConfig(level=logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
         report = asyncio.run(bench(args.store, Path(folder), args.seed, args.kills, args.batches, args.lines))
-    text = json.dumps(msgspec.to_builtins(report), indent=1)
-    print(text)
+    figures = flat(report)
+    table(figures)
+    for text in report.broken:
+        print(f"broken: {text}", file=sys.stderr)
     if args.json:
-        args.json.write_text(text + "\n")
-    sys.exit(1 if report.broken else 0)
+        store = args.store.partition(":")[0] or "sqlite"
+        write_json(args.json, {"store": store, "kills": args.kills}, args.seed, figures)
+
+
+def flat(report: Report) -> dict[str, float]:
+    counted = {f"{kind}_kills_count": float(count) for kind, count in sorted(report.kills.items())}
+    counted |= {f"{status}_batches_count": float(count) for status, count in sorted(report.ends.items())}
+    return counted | {
+        "lines_count": float(report.lines),
+        "completed_lines_count": float(report.completed),
+        "failed_lines_count": float(report.failed),
+        "calls_count": float(report.sent),
+        "repeated_calls_count": float(report.sent_again),
+        "failed_store_calls_count": float(report.failed_store_calls),
+        "broken_count": float(len(report.broken)),
+        "took_s": report.took_s,
+        "after_last_kill_s": report.after_last_kill_s,
+    }
 
 
 if __name__ == "__main__":

@@ -226,6 +226,21 @@ async def test_the_input_of_a_batch_that_is_not_over_stays(store: Store) -> None
     assert await store.expired_files(6.0, 10) == []
 
 
+async def test_what_was_begun_is_finished_when_whoever_waits_is_cancelled(store: Store) -> None:
+    """However often, and then the next one has its turn: no connection is left in the middle of a transaction."""
+    for number in range(10):
+        waiting = asyncio.create_task(store.add_file(a_file(number)))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+    async with asyncio.timeout(5):
+        while len((await store.files("ada", None, Page(limit=20))).items) < 10:
+            await asyncio.sleep(0.01)
+
+
 async def test_two_workers_never_hold_the_same_chunk(store: Store) -> None:
     await running(store, count=10)
     got = await asyncio.gather(*(store.claim_chunk("batch_1", "m", f"w{n}", 20.0, LEASE_S) for n in range(10)))
