@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -492,6 +495,14 @@ def test_two_producers_side_by_side_learn_apart() -> None:
 
 
 def test_a_warm_up_compiles_all_that_requests_need() -> None:
+    """In a process of its own: here other tests have called the kernels, some in other ways."""
+    root = Path(__file__).parents[2]
+    alone = "from tests.unit.test_approx import warm_up_and_then_ask; warm_up_and_then_ask()"
+    done = subprocess.run([sys.executable, "-c", alone], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def warm_up_and_then_ask() -> None:
     approx.warm_up()
     live, view = opened(endpoints(1)), candidates(1)
     open_turn(live, request(prompts=(prompt(1), prompt(40), b"")), view)

@@ -279,8 +279,8 @@ async def test_storage_that_fails_is_503_and_to_be_tried_again(api: Api, monkeyp
     async def down(*args: object, **kwargs: object) -> None:
         raise StoreUnavailable("down")
 
-    monkeypatch.setattr(type(api.store), "file", down)
-    monkeypatch.setattr(type(api.store), "ping", down)
+    monkeypatch.setattr(api.store, "file", down)
+    monkeypatch.setattr(api.store, "ping", down)
     answer = await api.client.get("/v1/files/file-1")
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert "down" not in error_of(answer)["message"]
@@ -298,13 +298,13 @@ async def test_blobs_that_fail_are_503_and_no_file_is_made(api: Api, monkeypatch
 
 
 async def test_a_file_row_that_may_have_been_written_keeps_its_bytes(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = type(api.store).add_file
+    written = api.store.add_file
 
-    async def lost(self: Any, file: Any) -> None:
-        await written(self, file)
+    async def lost(file: Any) -> None:
+        await written(file)
         raise StoreUnavailable("the connection broke after the commit")
 
-    monkeypatch.setattr(type(api.store), "add_file", lost)
+    monkeypatch.setattr(api.store, "add_file", lost)
     answer = await api.client.post("/v1/files", data={"purpose": "batch"}, files={"file": ("a", line())})
     assert answer.status_code == 503
     (file,) = (await api.client.get("/v1/files")).json()["data"]
@@ -317,7 +317,7 @@ async def test_a_fault_of_ours_is_500_with_the_request_id_and_nothing_inside(
     async def broken(*args: object) -> None:
         raise RuntimeError("a secret detail")
 
-    monkeypatch.setattr(type(api.store), "file", broken)
+    monkeypatch.setattr(api.store, "file", broken)
     answer = await api.client.get("/v1/files/file-1", headers={"x-request-id": "r1"})
     assert (answer.status_code, error_of(answer)["type"], error_of(answer)["param"]) == (500, "server_error", "r1")
     assert "secret" not in answer.text
