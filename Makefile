@@ -7,9 +7,8 @@ BIN := .venv/bin
 demo: .venv/local  ## engines, scheduler and a real Envoy, a minute of traffic, a report
 	$(BIN)/llmd-sched up
 
-test: .venv/dev lint  ## all checks and all tests; what needs no sockets runs on all cores
-	$(BIN)/pytest -q -n auto --dist loadfile tests/unit tests/contract tests/sim
-	$(BIN)/pytest tests/integration tests/acceptance
+test: .venv/dev lint  ## all checks and all tests, on all cores
+	$(BIN)/pytest -q -n auto --dist loadfile
 
 fuzz: .venv/dev  ## the property tests, on examples that no run has seen
 	$(BIN)/pytest --hypothesis-profile=default tests/unit tests/contract

@@ -1,7 +1,7 @@
 """How routing policies compare: every scenario at every load under every arm, in virtual time.
 
     python -m benchmarks.scenarios [--scenario A,B] [--arms X,Y] [--rates 5,10] [--seeds 3] [--jobs 2] [--quick]
-                                   [--json OUT] [--plots DIR]
+                                   [--json OUT] [--plots DIR] [--runs DIR]
 
 A scenario (``benchmarks.workloads``) is a workload, a pool of simulated engines, what happens to it, and the loads at
 which to look; by default run all that no policy may be tuned on. An arm is an EndpointPickerConfig, one of
@@ -14,6 +14,9 @@ A row of the tables is one arm at one load: values, and after the slash the rati
 highest rate up to which the mean E2E stays within ``--knee-factor`` of the best arm's at the lowest rate while the arm
 keeps up. The summary is over all loads: worst ratio and geometric mean of the ratios. An arm that fails requests looks
 better than it is in all of these; the column ``failed`` says how many.
+
+With ``--runs`` finished runs are kept in a folder and not made again: what was interrupted goes on, and a further arm,
+seed or scenario costs only its own runs. ``commits`` in the JSON tells which code the runs are of.
 
 ``--quick`` is for checking that everything still runs: few loads, one seed, seconds of load, in which engines are still
 filling up, so its knees mean nothing. A flag given beside it wins. A shorter ``--duration`` moves the scenario's events
@@ -51,6 +54,7 @@ from benchmarks.asked import (
     told,
 )
 from benchmarks.comparison import Step
+from benchmarks.kept import Kept
 from benchmarks.measures import TARGETS, Sheet, Slice, Window
 from benchmarks.results import commit, host
 from benchmarks.workloads import SCENARIOS, Scenario
@@ -62,6 +66,8 @@ QUICK_SCENARIOS = ("D5", "hsg150", "slowing")
 DEFAULT_ARMS = ("ours", "round-robin", "load-prefix-322", "llmd-predicted-latency")
 QUICK_WINDOW = Window(5.0, 30.0)
 DEFAULT_SEEDS = 3
+FIRST_SEEDS = {"tuning": 1, "report": 11}
+"""What is reported is not on the seeds that policies were tuned on."""
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,13 +87,15 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """What one task gave. All but ``cpu_s`` is a function of the task."""
+    """What one task gave. All but ``cpu_s`` is a function of the task and the commit."""
 
     figures: dict[str, float] = {}
     report: dict[str, Any] = {}
     timelines: dict[str, list[Slice]] = {}
     """Target -> predicted against measured; empty without predictions."""
     cpu_s: float = 0.0
+    commit: str | None = None
+    """Of the code that made it."""
     error: str = ""
     """Why there are no figures."""
 
@@ -99,7 +107,7 @@ def measure(task: Task) -> Run:
         made = _measure(task)
     except Exception as error:
         made = Run(error=f"{type(error).__name__}: {error}")
-    return msgspec.structs.replace(made, cpu_s=time.process_time() - began_s)
+    return msgspec.structs.replace(made, cpu_s=time.process_time() - began_s, commit=commit())
 
 
 def _measure(task: Task) -> Run:
@@ -130,28 +138,36 @@ def _noting(arrivals: Iterator[Arrival], slos: dict[str, dict[str, float]]) -> I
         yield one
 
 
-def run_all(tasks: Sequence[Task], jobs: int, on_done: Callable[[Task], None]) -> list[Run]:
-    """In the order of the tasks, whoever ran them. New processes rather than forks: nothing is inherited that a run
-    could depend on. The most requests go first, so that the last process to finish is not far behind."""
-    if jobs == 1:
-        return [_then(on_done, task, measure(task)) for task in tasks]
-    runs: dict[int, Run] = {}
-    order = sorted(range(len(tasks)), key=lambda i: -tasks[i].step.rate_per_s * tasks[i].window.to_s)
-    with ProcessPoolExecutor(min(jobs, len(tasks)), multiprocessing.get_context("spawn")) as pool:
-        numbers = {pool.submit(measure, tasks[i]): i for i in order}
-        try:
-            for future in as_completed(numbers):
-                i = numbers[future]
-                runs[i] = _then(on_done, tasks[i], future.result())
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def run_all(
+    tasks: Sequence[Task], jobs: int, on_done: Callable[[Task], None], kept: Kept[Run] | None = None
+) -> list[Run]:
+    """In the order of the tasks; those that are ``kept`` already are not run, and those that are run are kept."""
+    runs = {i: run for i, task in enumerate(tasks) if kept is not None and (run := kept.find(task)) is not None}
+    for i in runs:
+        on_done(tasks[i])
+    for i, run in _run([(i, task) for i, task in enumerate(tasks) if i not in runs], jobs):
+        runs[i] = run
+        if kept is not None and not run.error:
+            kept.keep(tasks[i], run)
+        on_done(tasks[i])
     return [runs[i] for i in range(len(tasks))]
 
 
-def _then(on_done: Callable[[Task], None], task: Task, run: Run) -> Run:
-    on_done(task)
-    return run
+def _run(numbered: Sequence[tuple[int, Task]], jobs: int) -> Iterator[tuple[int, Run]]:
+    """As they end, whoever ran them. New processes rather than forks: nothing is inherited that a run
+    could depend on. The most requests go first, so that the last process to finish is not far behind."""
+    if jobs == 1 or not numbered:
+        yield from ((i, measure(task)) for i, task in numbered)
+        return
+    order = sorted(numbered, key=lambda one: -one[1].step.rate_per_s * one[1].window.to_s)
+    with ProcessPoolExecutor(min(jobs, len(order)), multiprocessing.get_context("spawn")) as pool:
+        numbers = {pool.submit(measure, task): i for i, task in order}
+        try:
+            for future in as_completed(numbers):
+                yield numbers[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def document(
@@ -165,6 +181,7 @@ def document(
     ]
     return {
         "commit": commit(),
+        "commits": sorted({run.commit for _, run in done if run.commit}),
         "config": config,
         "seeds": sorted({task.seed for task in tasks}),
         "host": host(),
@@ -203,17 +220,18 @@ def plan(args: argparse.Namespace) -> list[Task]:
         QUICK_SCENARIOS if quick else [name for name, one in SCENARIOS.items() if one.role == "report"]
     )
     texts = arm_texts(list(known_arms()) if args.arms == ["all"] else args.arms or DEFAULT_ARMS)
-    seeds = range(args.first_seed, args.first_seed + (args.seeds or (1 if quick else DEFAULT_SEEDS)))
+    count = args.seeds or (1 if quick else DEFAULT_SEEDS)
     tasks = []
     for scenario, steps in map(asked_for, asked):
         window = measured_window(args, QUICK_WINDOW if quick else Window(scenario.warm_up_s, scenario.duration_s))
+        first = args.first_seed or FIRST_SEEDS[scenario.role]
         if args.rates:
             steps = [Step(rate, f"{rate:g}_per_s") for rate in sorted(args.rates)]
         tasks += [
             Task(scenario=scenario, step=step, arm=arm, config=text, seed=seed, window=window, limits=args.slo)
             for step in steps
             for arm, text in texts.items()
-            for seed in seeds
+            for seed in range(first, first + count)
         ]
     return list({task.title: task for task in tasks}.values())  # a run that counted twice would narrow the intervals
 
@@ -224,13 +242,14 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--arms", type=names, metavar="X,Y", help=f"or all; by default {', '.join(DEFAULT_ARMS)}")
     p.add_argument("--rates", type=rates, metavar="R,S", help="requests/s, instead of each scenario's own")
     p.add_argument("--seeds", type=positive, metavar="N", help=f"how many (default {DEFAULT_SEEDS})")
-    p.add_argument("--first-seed", type=positive, default=1, metavar="N", help="the others follow it (%(default)s)")
+    p.add_argument("--first-seed", type=positive, metavar="N", help="the others follow it (1, and 11 to report)")
     p.add_argument("--duration", type=above_0, metavar="S", help="seconds of load, instead of each scenario's own")
     p.add_argument("--warm-up", type=float, metavar="S", help="seconds not measured, instead of each scenario's own")
     p.add_argument("--slo", type=limits, default=DEFAULT_LIMITS, help=f"for goodput (default {told(DEFAULT_LIMITS)})")
     p.add_argument("--knee-factor", type=above_0, default=3.0, metavar="F", help="default %(default)s")
     p.add_argument("--jobs", type=positive, default=2, metavar="N", help="processes (%(default)s)")
     p.add_argument("--quick", action="store_true", help="does everything run? under 2 minutes on 2 cores")
+    p.add_argument("--runs", type=Path, metavar="DIR", help="keep finished runs here and do not run them again")
     p.add_argument("--json", type=Path, metavar="OUT")
     p.add_argument("--plots", type=Path, metavar="DIR", help="PNG pictures; needs matplotlib")
     return p
@@ -267,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         p.error(str(error))
     with progress("simulating", len(tasks)) as on_done:
-        runs = run_all(tasks, args.jobs, on_done)
+        runs = run_all(tasks, args.jobs, on_done, Kept(args.runs, Run) if args.runs else None)
     done = [(task, run) for task, run in zip(tasks, runs, strict=True) if not run.error]
     ladders = comparison.ladders((task.scenario.name, task.step, task.arm, run.figures) for task, run in done)
     comparison.print_tables(ladders, args.knee_factor)
@@ -276,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         plots.write(ladders, first_timelines(done), args.plots)
     if args.json:
-        config = {key: value for key, value in vars(args).items() if key not in ("json", "plots", "jobs")}
+        config = {key: value for key, value in vars(args).items() if key not in ("json", "plots", "jobs", "runs")}
         made = document(tasks, runs, comparison.flat(ladders, args.knee_factor), config)
         args.json.write_text(json.dumps(made, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     spent = (f"{arm} {cpu_s:.1f}" for arm, cpu_s in cpu_s_per_run(tasks, runs).items())

@@ -20,7 +20,8 @@ from benchmarks.batch_engine import Engine, Fault, running
 SETTINGS = RedisSettings(url="redis://x", poll_s=0.02)
 
 
-def message(id: str, left_s: float = 60.0, wrapped: bool = True, **fields: Any) -> bytes:
+def message(id: str, left_s: float = 3600.0, wrapped: bool = True, **fields: Any) -> bytes:
+    """Some are made when the tests are collected, minutes before they are sent."""
     data = {"id": id, "created": int(time.time()), "deadline": int(time.time() + left_s),
             "payload": {"model": "m", "prompt": "hi"}, "endpoint": "/v1/completions",
             "metadata": {"userid": "acme"}, **fields}  # fmt: skip

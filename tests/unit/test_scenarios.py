@@ -67,7 +67,7 @@ def test_by_default_scenarios_are_those_that_are_not_for_tuning_and_arms_a_few()
     assert {task.scenario.role for task in tasks} == {"report"}
     assert {task.arm for task in tasks} == set(scenarios.DEFAULT_ARMS) < set(asked.known_arms())
     assert {task.arm for task in plan("--arms", "all")} == set(asked.known_arms())
-    assert {task.seed for task in tasks} == {1, 2, 3}
+    assert {task.seed for task in tasks} == {11, 12, 13}
 
 
 def test_quick_is_a_small_part_and_every_flag_beside_it_wins(arms: str) -> None:
@@ -135,8 +135,8 @@ def test_a_comparison_prints_tables_and_writes_figures_and_reports(
     flags = ["--scenario", "tiny", "--rates", "5,10", "--arms", arms, "--seeds", "2", "--jobs", "1"]
     assert scenarios.main([*flags, "--json", str(tmp_path / "out.json")]) == 0
     written = json.loads((tmp_path / "out.json").read_text())
-    assert list(written) == ["commit", "config", "seeds", "host", "figures", "reports", "broken", "cost"]
-    assert written["seeds"] == [1, 2]
+    assert list(written) == ["commit", "commits", "config", "seeds", "host", "figures", "reports", "broken", "cost"]
+    assert written["seeds"] == [11, 12]
     figures = written["figures"]
     assert figures["tiny.5_per_s.least.measured_requests"] == 15
     assert figures["tiny.5_per_s.least.ttft_p90_ms"] > 0
@@ -144,7 +144,7 @@ def test_a_comparison_prints_tables_and_writes_figures_and_reports(
     assert figures["tiny.least.knee_per_s"] == 10
     assert figures["summary.drawn.ttft_p90_worst_ratio"] >= 1
     assert [(one["step"], one["arm"], one["seed"]) for one in written["reports"][:3]] == [
-        ("5_per_s", "least", 1), ("5_per_s", "least", 2), ("5_per_s", "drawn", 1)
+        ("5_per_s", "least", 11), ("5_per_s", "least", 12), ("5_per_s", "drawn", 11)
     ]  # fmt: skip
     assert written["reports"][0]["report"]["load_summary"]["requested_rate"] == 5
     printed = capsys.readouterr().out
@@ -175,9 +175,46 @@ def test_a_run_that_breaks_is_told_and_costs_the_others_nothing(
     flags = ["--scenario", "tiny", "--rates", "5", "--arms", arms, "--seeds", "1", "--jobs", "1"]
     assert scenarios.main([*flags, "--json", str(tmp_path / "out.json")]) == 1
     written = json.loads((tmp_path / "out.json").read_text())
-    assert written["broken"] == {"tiny at 5_per_s, drawn, seed 1": "RuntimeError: a producer failed"}
+    assert written["broken"] == {"tiny at 5_per_s, drawn, seed 11": "RuntimeError: a producer failed"}
     assert "tiny.5_per_s.least.e2e_mean_ms" in written["figures"]
-    assert "broke: tiny at 5_per_s, drawn, seed 1" in capsys.readouterr().err
+    assert "broke: tiny at 5_per_s, drawn, seed 11" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny")
+def test_runs_that_are_kept_are_not_made_again_and_broken_ones_are(
+    arms: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, made = scenarios._measure, []
+
+    def noted(task: scenarios.Task) -> scenarios.Run:
+        made.append((task.arm, task.seed))
+        if len(made) == 2:
+            raise RuntimeError("a producer failed")
+        return whole(task)
+
+    monkeypatch.setattr(scenarios, "_measure", noted)
+
+    def figures(seeds: str) -> dict[str, float]:
+        flags = ["--scenario", "tiny", "--rates", "5", "--arms", arms, "--seeds", seeds, "--jobs", "1"]
+        scenarios.main([*flags, "--runs", str(tmp_path / "runs"), "--json", str(tmp_path / "out.json")])
+        return json.loads((tmp_path / "out.json").read_text())["figures"]
+
+    figures("1")
+    again = figures("1")
+    figures("2")
+    assert made == [("least", 11), ("drawn", 11), ("drawn", 11), ("least", 12), ("drawn", 12)]
+    assert figures("1") == again
+    assert len(made) == 5
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_file_that_is_no_run_is_named(arms: str, tmp_path: Path) -> None:
+    flags = ["--scenario", "tiny", "--rates", "5", "--arms", arms, "--seeds", "1", "--jobs", "1", "--runs"]
+    scenarios.main([*flags, str(tmp_path)])
+    path = min(tmp_path.iterdir())
+    path.write_bytes(b"spoilt")
+    with pytest.raises(ValueError, match=f"{path.name} holds no run .*remove it"):
+        scenarios.main([*flags, str(tmp_path)])
 
 
 def test_the_figures_are_the_same_bit_by_bit_for_any_number_of_jobs() -> None:
