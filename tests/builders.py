@@ -41,6 +41,8 @@ COLUMNS = {
     "prefill_ms": f"prefill_ms/{LATENCY}",
     "copy_ms": f"copy_ms/{LATENCY}",
     "slowdown_ms": f"slowdown_ms/{LATENCY}",
+    "smooth_tpot_ms": f"smooth_tpot_ms/{LATENCY}",
+    "slo_losses": f"slo_losses/{LATENCY}",
 }
 """Short names of the columns the default producers make."""
 

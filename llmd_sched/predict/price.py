@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmd_sched.predict import features as f
-from llmd_sched.predict.base import BATCH_HALF, TPOT_TERMS, TTFT_TERMS
-from llmd_sched.predict.model import Model, Target
+from llmd_sched.predict.base import BATCH_HALF, TPOT_TERMS, TTFT_TERMS, tpot_terms
+from llmd_sched.predict.model import MIN_MS, Model, Target
 from llmd_sched.types import Array
 
 _UNCACHED, _ATTENTION = TTFT_TERMS.index("uncached"), TTFT_TERMS.index("attention")
@@ -28,10 +28,14 @@ class Prices(NamedTuple):
     """The part of it that another endpoint holds already: it would be there twice."""
     slowdown_ms: Array
     """What each token of the others takes longer while this request decodes beside them."""
+    smooth_tpot_ms: Array
+    """Its own TPOT, by the base alone, at the level of the prediction. Over a long reply the trees' one or two percent
+    of noise are more than the whole of a TTFT, and would hide which endpoint has a prompt less to compute."""
 
 
-def prices(model: Model, rows: NDArray[np.float64], log_bias: NDArray[np.float64]) -> Prices:
-    """``rows`` (n, F) as the model is given them, ``log_bias`` (2, n) of their endpoints."""
+def prices(model: Model, rows: NDArray[np.float64], log_bias: NDArray[np.float64], tpot_ms: Array) -> Prices:
+    """``rows`` (n, F) as the model is given them, ``log_bias`` (2, n) of their endpoints, ``tpot_ms`` (n,) as it
+    predicts."""
     uncached, prompt = rows[:, f.UNCACHED], rows[:, f.INPUT]
     ttft, tpot = _lines(model.ttft, rows), _lines(model.tpot, rows)
     held_elsewhere = uncached - uncached.min(initial=np.inf)
@@ -42,7 +46,10 @@ def prices(model: Model, rows: NDArray[np.float64], log_bias: NDArray[np.float64
     load = np.maximum(rows[:, f.RUNNING], rows[:, f.INFLIGHT_REQUESTS])
     context = prompt + 0.5 * rows[:, f.EXPECTED_OUTPUT]
     batch = tpot[:, _BATCH] * BATCH_HALF / (load + BATCH_HALF) ** 2
-    return Prices(prefill_ms, copy_ms, (tpot[:, _LOAD] + batch + tpot[:, _RESIDENT] * context) * slower_tpot)
+    slowdown_ms = (tpot[:, _LOAD] + batch + tpot[:, _RESIDENT] * context) * slower_tpot
+    smooth_ms = np.maximum((tpot_terms(rows) * tpot).sum(axis=1) * slower_tpot, MIN_MS)
+    level = np.median(tpot_ms / smooth_ms) if len(smooth_ms) else 1.0
+    return Prices(prefill_ms, copy_ms, slowdown_ms, smooth_ms * level)
 
 
 def _prefill_ms(coefficients: NDArray[np.float64], uncached: Array, prompt: Array) -> Array:

@@ -19,6 +19,7 @@ from llmd_sched.predict.features import EngineClasses
 from llmd_sched.predict.ledger import Ledger
 from llmd_sched.predict.model import Model
 from llmd_sched.predict.price import prices
+from llmd_sched.predict.slos import RunningSlos, losses
 from llmd_sched.types import QUANTILES, Array, Candidates, Decision, End, Endpoint, Outcome, Prediction, Request, Sample
 
 FIRST_OUTPUT_GUESS_TOKENS = 256.0
@@ -111,7 +112,7 @@ class _Last(NamedTuple):
 
 class PredictedLatency(Producer):
     """The live side. Columns: ``ttft_ms``, ``tpot_ms``, their headrooms, ``dispatched`` (our requests there); in
-    detail also what the request costs others (``price.Prices``) and ``expected_output_tokens``.
+    detail also what the request costs others (``price.Prices``), ``expected_output_tokens`` and ``slo_losses``.
 
     ``model`` is replaced by whoever trains; ``on_sample`` gets every labelled row.
     """
@@ -132,8 +133,7 @@ class PredictedLatency(Producer):
         self._adapters: dict[str, None] = {}
         self._mean_output_tokens = FIRST_OUTPUT_GUESS_TOKENS
         self._replies = 0
-        self._running_slos: dict[str, dict[str, float]] = {}
-        self._endpoint_of: dict[str, str] = {}
+        self._running_slos = RunningSlos()
 
     def state(self) -> dict[str, object]:
         return {
@@ -160,7 +160,7 @@ class PredictedLatency(Producer):
         self.model.predict(np.zeros((1, len(features.FEATURES))))
 
     def endpoints_changed(self, endpoints: list[Endpoint]) -> None:
-        self._running_slos = {e.key: self._running_slos.get(e.key, {}) for e in endpoints}
+        self._running_slos.leave(endpoints)
 
     def produce(self, request: Request, candidates: Candidates, now_s: float) -> dict[str, Array]:
         self._last, began_s = None, self.timer()
@@ -182,14 +182,18 @@ class PredictedLatency(Producer):
             f"ttft_headroom_ms/{self.name}": ttft_headroom_ms,
             f"tpot_headroom_ms/{self.name}": tpot_headroom_ms,
             f"dispatched/{self.name}": columns["inflight_requests"],
-            **(self._prices(rows, known) if self.detailed else {}),
+            **(self._prices(request, known, self._last) if self.detailed else {}),
         }
 
-    def _prices(self, rows: NDArray[np.float64], known: _Known) -> dict[str, Array]:
-        """Expected output and what the request costs others."""
-        expected = {f"expected_output_tokens/{self.name}": rows[:, features.EXPECTED_OUTPUT]}
-        found = prices(self.model, rows, known.log_bias)
-        return expected | {f"{column}/{self.name}": v for column, v in zip(found._fields, found, strict=True)}
+    def _prices(self, request: Request, known: _Known, last: _Last) -> dict[str, Array]:
+        """Expected output, what the request costs others, and the SLOs it costs, where there are any."""
+        output = last.rows[:, features.EXPECTED_OUTPUT]
+        found = prices(self.model, last.rows, known.log_bias, last.tpot_ms)
+        columns = {"expected_output_tokens": output, **found._asdict()}
+        if self._running_slos or request.ttft_slo_ms is not None or request.tpot_slo_ms is not None:
+            running = self._running_slos.counts(known.endpoints)
+            columns["slo_losses"] = losses(request, last.ttft_ms, last.tpot_ms, found, output, running)
+        return {f"{column}/{self.name}": values for column, values in columns.items()}
 
     def _what_is_known(self, endpoints: list[Endpoint]) -> _Known:
         known = self._known
@@ -236,8 +240,10 @@ class PredictedLatency(Producer):
         if tpot_slo is None:
             tpot = -tpot_ms
         else:
-            tightest = [min(self._running_slos[e.key].values(), default=np.inf) for e in endpoints]
-            tpot = np.minimum(tpot_slo, tightest) * self.params.slo_buffer_factor - tpot_ms
+            tpot = (
+                np.minimum(tpot_slo, self._running_slos.tightest_ms(endpoints)) * self.params.slo_buffer_factor
+                - tpot_ms
+            )
         label = self.params.endpoint_role_label
         if label:
             tpot = np.where([e.labels.get(label) == "prefill" for e in endpoints], 0.0, tpot)
@@ -281,8 +287,7 @@ class PredictedLatency(Producer):
         self.ledger.open(decision.ticket, decision.prediction, now_s, decision.explored)
         if decision.request.tpot_slo_ms is not None:
             key = candidates.endpoints[position].key
-            self._running_slos[key][decision.ticket] = decision.request.tpot_slo_ms
-            self._endpoint_of[decision.ticket] = key
+            self._running_slos.add(decision.ticket, key, decision.request.tpot_slo_ms)
 
     def first_token_seen(self, ticket: str, ttft_ms: float, now_s: float) -> None:
         sample = self.ledger.first_token(ticket, ttft_ms, now_s)
@@ -294,9 +299,7 @@ class PredictedLatency(Producer):
         self.on_sample(sample)
 
     def finished(self, ticket: str, outcome: Outcome, now_s: float) -> None:
-        key = self._endpoint_of.pop(ticket, None)
-        if key is not None:
-            self._running_slos.get(key, {}).pop(ticket, None)
+        self._running_slos.remove(ticket)
         if outcome.output_tokens and outcome.status == 200 and outcome.end is End.FINISHED:
             self._replies = min(self._replies + 1, OUTPUT_MEMORY)
             self._mean_output_tokens += (outcome.output_tokens - self._mean_output_tokens) / self._replies

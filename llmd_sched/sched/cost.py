@@ -26,6 +26,7 @@ class RequestCostScorer(Scorer, frozen=True):
          + ``copyWeight`` x the price of a second copy: the prefill of what another endpoint holds already, times the
            mean number of requests of an endpoint, plus one; as far as the prompts that come again do not all fit into
            the endpoint's cache (nothing when they need half of it, all when they fill it)
+         + ``sloWeight`` x the latency objectives lost by it, its own and others', at its mean own time each
 
     Going for the own time alone is as bad as taking turns where caches matter: a miss costs the newcomer little and
     every neighbour a stall, fills a second cache with the same blocks, and draws the next turns there too. The first
@@ -35,12 +36,14 @@ class RequestCostScorer(Scorer, frozen=True):
 
     others_weight: float = 1.0
     copy_weight: float = 3.0
+    slo_weight: float = 0.3
     latency_prediction_info_producer_name: str = ""
     in_flight_load_producer_name: str = ""
     prefix_match_info_producer_name: str = ""
 
     def check(self) -> None:
-        for name, weight in (("othersWeight", self.others_weight), ("copyWeight", self.copy_weight)):
+        weights = {"othersWeight": self.others_weight, "copyWeight": self.copy_weight, "sloWeight": self.slo_weight}
+        for name, weight in weights.items():
             if not 0 <= weight < math.inf:
                 raise ValueError(f"{name} must be a finite number, 0 or more")
 
@@ -69,16 +72,17 @@ class RequestCostScorer(Scorer, frozen=True):
 
         output = column("expected_output_tokens")
         there = candidates.column(f"inflight_requests/{in_flight}")
-        own_ms = ttft_ms + output * column("tpot_ms")
+        own_ms = ttft_ms + output * column("smooth_tpot_ms")
         stall_ms = column("prefill_ms") * there
         slow_ms = column("slowdown_ms") * np.minimum(
             self._remaining_tokens(candidates, in_flight, output), output * there
         )
         copy_ms = column("copy_ms") * (1.0 + there.mean()) * self._scarcity(candidates)
-        cost_ms: Array = np.maximum(
-            own_ms + self.others_weight * (stall_ms + slow_ms) + self.copy_weight * copy_ms, 1e-3
-        )
-        return cost_ms
+        cost_ms = own_ms + self.others_weight * (stall_ms + slow_ms) + self.copy_weight * copy_ms
+        slo_losses = candidates.get(f"slo_losses/{latency}")
+        if slo_losses is not None:
+            cost_ms += self.slo_weight * slo_losses * own_ms.mean()
+        return np.asarray(np.maximum(cost_ms, 1e-3))
 
     def _scarcity(self, candidates: Candidates) -> Array:
         """0..1; 1 where nobody measures it."""
