@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from benchmarks import clairvoyant
 from benchmarks.comparison import Step
 from benchmarks.measures import TIMES, Window
 from benchmarks.workloads import SCENARIOS, Scenario
@@ -26,14 +27,20 @@ def known_arms() -> dict[str, Path]:
 
 def arm_texts(asked: Sequence[str]) -> dict[str, str]:
     """Arm -> its configuration, checked; ConfigError for one that is unknown or no configuration, or whose name
-    another has."""
+    another has. ``clairvoyant`` is no configuration: its text is that of a router which leaves the choice to it."""
     known = known_arms()
     texts: dict[str, str] = {}
     paths: dict[str, Path] = {}
     for arm in asked:
+        if arm == clairvoyant.NAME:
+            texts[arm] = clairvoyant.CONFIG
+            continue
         path = Path(arm) if arm.endswith(".yaml") else known.get(arm)
         if path is None or not path.is_file():
-            raise ConfigError(f"no such arm: {arm}; known are {', '.join(known)}, and files ending in .yaml", "--arms")
+            told_known = ", ".join([*known, clairvoyant.NAME])
+            raise ConfigError(f"no such arm: {arm}; known are {told_known}, and files ending in .yaml", "--arms")
+        if path.stem == clairvoyant.NAME:
+            raise ConfigError(f"an arm of its own has the name {path.stem}: {path} needs another", "--arms")
         if paths.setdefault(path.stem, path) != path:
             raise ConfigError(f"two arms named {path.stem}: {paths[path.stem]} and {path}", "--arms")
         text = path.read_text(encoding="utf-8")

@@ -5,10 +5,11 @@
 
 A scenario (``benchmarks.workloads``) is a workload, a pool of simulated engines, what happens to it, and the loads at
 which to look; by default run all that no policy may be tuned on. An arm is an EndpointPickerConfig, one of
-``configs/arms`` by its name or any file ending in ``.yaml``. All arms see the same requests, and each run is a function
-of scenario, load, arm and seed, so the figures do not depend on ``--jobs``. ``benchmarks.measures`` says what every
-figure means, ``benchmarks.comparison`` what is made of them. Figures are means over the seeds, ± half a 95 % confidence
-interval.
+``configs/arms`` by its name or any file ending in ``.yaml``. Only ``clairvoyant`` is none: it knows what no policy can
+know, shows how much there is to gain (``benchmarks.clairvoyant``), and is not among ``all``. All arms see the same
+requests, and each run is a function of scenario, load, arm and seed, so the figures do not depend on ``--jobs``.
+``benchmarks.measures`` says what every figure means, ``benchmarks.comparison`` what is made of them. Figures are means
+over the seeds, ± half a 95 % confidence interval.
 
 A row of the tables is one arm at one load: values, and after the slash the ratio to the best arm there. The knee is the
 highest rate up to which the mean E2E stays within ``--knee-factor`` of the best arm's at the lowest rate while the arm
@@ -39,7 +40,7 @@ from typing import Any
 
 import msgspec
 
-from benchmarks import comparison, measures
+from benchmarks import clairvoyant, comparison, measures
 from benchmarks.asked import (
     DEFAULT_LIMITS,
     above_0,
@@ -117,7 +118,8 @@ def _measure(task: Task) -> Run:
     spec = ClusterSpec(config=task.config, engines=scenario.engines, events=events, seed=task.seed)
     slos: dict[str, dict[str, float]] = {}
     arrivals = scenario.workload.arrivals(task.step.rate_per_s, window.to_s, task.seed)
-    records = Cluster(spec).run(_noting(arrivals, slos))
+    cluster = clairvoyant.Clairvoyant(spec) if task.arm == clairvoyant.NAME else Cluster(spec)
+    records = cluster.run(_noting(arrivals, slos))
     sheet = Sheet(records, window, task.limits, slos)
     joining = [event.spec for event in events if isinstance(event, Join) and event.at_s < window.to_s]
     names = [one.endpoint.name for one in (*scenario.engines, *joining)]
@@ -239,7 +241,9 @@ def plan(args: argparse.Namespace) -> list[Task]:
 def arguments() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--scenario", type=names, metavar="A,B", help="or single steps of theirs; by default all to report")
-    p.add_argument("--arms", type=names, metavar="X,Y", help=f"or all; by default {', '.join(DEFAULT_ARMS)}")
+    p.add_argument(
+        "--arms", type=names, metavar="X,Y", help=f"or all, or {clairvoyant.NAME}; by default {', '.join(DEFAULT_ARMS)}"
+    )
     p.add_argument("--rates", type=rates, metavar="R,S", help="requests/s, instead of each scenario's own")
     p.add_argument("--seeds", type=positive, metavar="N", help=f"how many (default {DEFAULT_SEEDS})")
     p.add_argument("--first-seed", type=positive, metavar="N", help="the others follow it (1, and 11 to report)")

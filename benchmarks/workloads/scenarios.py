@@ -219,6 +219,6 @@ _LIST = (
     # The rate is B's, in the second half.
     _report("shifted", SHIFTED, _steps("shift", 4, 8), duration_s=200.0),
     _report("burst", BURST, _steps("burstB", 4, 8)),
-    _report("slo", SLO_MIX, _steps("sloB", 8, 15)),
+    _report("slo", SLO_MIX, _steps("sloB", 8, 15, 20)),
 )
 SCENARIOS: dict[str, Scenario] = {one.name: one for one in _LIST}

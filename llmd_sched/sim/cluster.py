@@ -14,7 +14,7 @@ from __future__ import annotations
 import enum
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import count
 from random import Random
 from typing import Any, assert_never
@@ -75,7 +75,7 @@ class _Flight:
 class _Server:
     """An engine, the requests it holds by ticket, and its fate."""
 
-    __slots__ = ("alive", "awake", "endpoint", "engine", "flights", "listed", "rng", "slowdown", "spec")
+    __slots__ = ("alive", "awake", "due_s", "endpoint", "engine", "flights", "listed", "rng", "slowdown", "spec")
 
     def __init__(self, spec: EngineSpec, seed: int) -> None:
         name = spec.endpoint.name
@@ -90,6 +90,8 @@ class _Server:
         """By discovery."""
         self.awake = False
         """A step is under way, or one is due."""
+        self.due_s = 0.0
+        """When the next step begins; holds while awake."""
 
     def end_s(self, step: Step) -> float:
         """When the step really ends; the engine itself knows nothing of slowdowns and stalls."""
@@ -172,13 +174,18 @@ class Cluster:
     def _arrive(self, one: Arrival) -> None:
         self._expect_arrival()
         try:
-            decision = self.router.choose(one.request, None, self.now_s)
+            decision = self.router.choose(one.request, self.subset(one), self.now_s)
         except RequestError as error:
             self._close(_record(one, None, Outcome(end=End.FINISHED, status=error.status)))
             return
         if self.spec.path == "lean":
             self.router.assume_first_token(decision)
         self._send(_Flight(one, decision))
+
+    def subset(self, one: Arrival) -> Collection[str] | None:
+        """``host:port`` of the engines among which the router is to choose for this arrival, None for all: for
+        subclasses that know more than a router may."""
+        return None
 
     def _send(self, flight: _Flight) -> None:
         server, asked = self._servers[flight.decision.picked[0].name], flight.arrival.request
@@ -206,7 +213,11 @@ class Cluster:
         ready_s = server.engine.next_ready_s
         server.awake = ready_s is not None
         if ready_s is not None:
-            self._at(ready_s, _Order.STEP, self._advance, server)
+            self._due(server, ready_s)
+
+    def _due(self, server: _Server, at_s: float, *ended: Step) -> None:
+        server.due_s = at_s
+        self._at(at_s, _Order.STEP, self._advance, server, *ended)
 
     def _advance(self, server: _Server, ended: Step | None = None) -> None:
         """The step under way, if there was one, has ended: its tokens come out and the next begins."""
@@ -218,7 +229,7 @@ class Cluster:
         if step is None:
             self._wait(server)
         else:
-            self._at(server.end_s(step), _Order.STEP, self._advance, server, step)
+            self._due(server, server.end_s(step), step)
 
     def _emit(self, server: _Server, step: Step) -> None:
         flights = server.flights
