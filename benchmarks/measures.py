@@ -157,9 +157,14 @@ def mape_pct(predicted_ms: Array, measured_ms: Array) -> float:
 
 def _pairs(sheet: Sheet, target: str) -> tuple[Array, Array]:
     """Predicted and measured."""
-    predicted_ms, measured_ms = sheet[f"predicted_{target}_ms"], sheet[f"{target}_ms"]
+    predicted_ms, measured_ms = sheet[f"predicted_{target}_ms"], _since_sent(sheet, target)
     both = np.isfinite(predicted_ms) & (measured_ms > 0)
     return predicted_ms[both], measured_ms[both]
+
+
+def _since_sent(sheet: Sheet, target: str) -> Array:
+    """What was to be predicted: without the wait in the router."""
+    return sheet["ttft_ms"] - sheet["queue_wait_ms"] if target == "ttft" else sheet["tpot_ms"]
 
 
 class Slice(NamedTuple):
@@ -175,7 +180,7 @@ def timeline(records: Sequence[Record], target: str, slice_s: float = 5.0) -> li
     """Predicted against measured from the first request on, warm-up too; empty slices are left out."""
     sheet = Sheet(records, Window(0.0, math.inf))
     arrival_s, predicted_ms = sheet["arrival_s"], sheet[f"predicted_{target}_ms"]
-    measured_ms = sheet[f"{target}_ms"]
+    measured_ms = _since_sent(sheet, target)
     both = np.isfinite(predicted_ms) & (measured_ms > 0)
     number = (arrival_s[both] // slice_s).astype(int)
     counts, predicted, measured = (

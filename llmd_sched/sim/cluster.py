@@ -1,6 +1,6 @@
 """A cluster in virtual time: engines as step machines behind the very router that serves.
 
-    arrival -> Router.choose -> engine steps -> first token, end -> Router.finish -> Sample -> trainer -> next model
+    arrival -> flow gate, if on -> Router.choose -> engine steps -> first token, end -> Router.finish -> Sample -> trainer -> next model
 
 All that happens is an entry of one heap, in the order of time, then kind (``_Order``), then age, and all randomness
 is seeded. So a run is a function of the spec and the arrivals, and two runs agree bit by bit.
@@ -19,12 +19,16 @@ from itertools import count
 from random import Random
 from typing import Any, assert_never
 
-from llmd_sched.catalog import build_router, resolve
+from llmd_sched.catalog import Resolved, build_router, resolve
 from llmd_sched.config import load
 from llmd_sched.errors import RequestError
+from llmd_sched.flow.controller import FlowControl
+from llmd_sched.flow.dispatch import Dispatcher
+from llmd_sched.flow.saturation import SaturationDetector
 from llmd_sched.pool.pool import Load, Pool
 from llmd_sched.predict.producer import PredictedLatency
 from llmd_sched.sim.engine import Engine, Refusal, SimRequest, Step
+from llmd_sched.sim.gate import VirtualGate
 from llmd_sched.sim.kvcache import BLOCK_TOKENS
 from llmd_sched.sim.openai import block_hashes
 from llmd_sched.sim.scenario import (
@@ -56,6 +60,7 @@ class _Order(enum.IntEnum):
     SCRAPE = enum.auto()
     TRAINER = enum.auto()
     REAP = enum.auto()
+    DEADLINE = enum.auto()
     ARRIVAL = enum.auto()
 
 
@@ -123,9 +128,8 @@ class Cluster:
         self.records: list[Record] = []
         """Of the requests that have ended, in the order in which the router learned it."""
         self.pool = Pool(spec.stale_after_s)
-        self.router = build_router(
-            resolve(load(spec.config), allow_experimental=True), self.pool, Random(f"{spec.seed} router")
-        )
+        resolved = resolve(load(spec.config), allow_experimental=True)
+        self.router = build_router(resolved, self.pool, Random(f"{spec.seed} router"))
         self.producers = [p for p in self.router.producers if isinstance(p, PredictedLatency)]
         self.trainers = [(p, spec.trainer(p.model)) for p in self.producers if spec.trainer is not None]
         for producer, trainer in self.trainers:
@@ -134,6 +138,9 @@ class Cluster:
         self._heap: list[tuple[float, int, int, Callable[..., None], tuple[Any, ...]]] = []
         self._serials = count()
         self._arrivals: Iterator[Arrival] = iter(())
+        self._gate = self._flow_gate(resolved)
+        self._due_s = math.inf
+        """When the gate is looked at again."""
         self._open = 0
         """Requests without a record, the one that arrives next included."""
         for one in spec.engines:
@@ -171,16 +178,54 @@ class Cluster:
             self._open += 1
             self._at(one.at_s, _Order.ARRIVAL, self._arrive, one)
 
+    def _flow_gate(self, resolved: Resolved) -> VirtualGate | None:
+        settings = resolved.flow_settings()
+        if settings is None:
+            return None
+        detector = resolved.kind(SaturationDetector)[resolved.detector]
+        gate = VirtualGate(
+            Dispatcher(FlowControl(settings, self.now_s), detector, self.router.load), self._dispatch, self._refuse
+        )
+        self.router.on_finished = lambda decision, outcome: gate.finished(decision, outcome, self.now_s)
+        return gate
+
     def _arrive(self, one: Arrival) -> None:
         self._expect_arrival()
+        if self._gate is None:
+            self._dispatch(one)
+        else:
+            self._gate.arrive(one, self.now_s)
+            self._await_deadline()
+
+    def _drain(self) -> None:
+        """Something changed that may let requests go."""
+        if self._gate is not None:
+            self._gate.drain(self.now_s)
+            self._await_deadline()
+
+    def _await_deadline(self) -> None:
+        if self._gate is not None and self._gate.due_s < self._due_s:
+            self._due_s = self._gate.due_s
+            self._at(self._due_s, _Order.DEADLINE, self._deadline)
+
+    def _deadline(self) -> None:
+        self._due_s = math.inf
+        self._drain()
+
+    def _dispatch(self, one: Arrival) -> Decision | None:
+        """Where it goes; None when the router refused it."""
         try:
             decision = self.router.choose(one.request, self.subset(one), self.now_s)
         except RequestError as error:
-            self._close(_record(one, None, Outcome(end=End.FINISHED, status=error.status)))
-            return
+            self._refuse(one, error)
+            return None
         if self.spec.path == "lean":
             self.router.assume_first_token(decision)
         self._send(_Flight(one, decision))
+        return decision
+
+    def _refuse(self, one: Arrival, error: RequestError) -> None:
+        self._close(_record(one, None, Outcome(end=End.FINISHED, status=error.status)))
 
     def subset(self, one: Arrival) -> Collection[str] | None:
         """``host:port`` of the engines among which the router is to choose for this arrival, None for all: for
@@ -256,6 +301,7 @@ class Cluster:
     def _report(self, flight: _Flight, outcome: Outcome) -> None:
         self.router.finish(flight.decision.ticket, outcome, self.now_s)
         self._close(_record(flight.arrival, flight, outcome))
+        self._drain()
 
     def _close(self, record: Record) -> None:
         self.records.append(record)
@@ -274,6 +320,7 @@ class Cluster:
                 self._servers[name].slowdown = slowdown
             case _:
                 assert_never(event)
+        self._drain()
 
     def _join(self, spec: EngineSpec) -> None:
         before = self._servers.get(spec.endpoint.name)
@@ -302,6 +349,7 @@ class Cluster:
                 self.pool.record_failure(endpoint)
             else:
                 self.pool.record(endpoint, page, self.now_s)
+        self._drain()
 
     def _train(self) -> None:
         for producer, trainer in self.trainers:
@@ -341,6 +389,7 @@ _NOT_PREDICTED = Prediction(row=(), ttft_ms=math.nan, tpot_ms=math.nan, model_ve
 def _record(one: Arrival, flight: _Flight | None, outcome: Outcome) -> Record:
     """``flight`` is None when the router refused."""
     prediction = (flight and flight.decision.prediction) or _NOT_PREDICTED
+    waited_ms = (flight.decision.at_s - one.at_s) * 1e3 if flight else 0.0
     return Record(
         request_id=one.request.id,
         arrival_s=one.at_s,
@@ -348,9 +397,10 @@ def _record(one: Arrival, flight: _Flight | None, outcome: Outcome) -> Record:
         model_version=prediction.model_version,
         predicted_ttft_ms=prediction.ttft_ms,
         predicted_tpot_ms=prediction.tpot_ms,
-        ttft_ms=_known(outcome.ttft_ms),
+        queue_wait_ms=waited_ms,
+        ttft_ms=waited_ms + _known(outcome.ttft_ms),
         tpot_ms=_known(outcome.tpot_ms),
-        e2e_ms=_known(outcome.e2e_ms),
+        e2e_ms=waited_ms + _known(outcome.e2e_ms),
         end=outcome.end.value if flight else "refused",
         status=outcome.status,
         input_tokens=one.request.input_tokens,

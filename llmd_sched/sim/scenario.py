@@ -153,8 +153,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """Of the prediction; -1 without one."""
     predicted_ttft_ms: float
     predicted_tpot_ms: float
+    queue_wait_ms: float = 0.0
+    """In the router, before it chose an endpoint: part of TTFT and E2E, and of no prediction."""
     ttft_ms: float
-    """As the router learns it, so only of streamed replies."""
+    """From arrival; as the router learns it, so only of streamed replies."""
     tpot_ms: float
     e2e_ms: float
     end: str
