@@ -31,6 +31,9 @@ RETRIES = 3
 REQUEST_S = 60.0
 RETRYING_S = 120.0
 ACCEPTED = "a folder, file:///a/folder, s3://bucket/prefix, gs://bucket/prefix, az://container/prefix"
+LISTED = 500
+"""Keys of one page."""
+_STAGED = re.compile(r"[A-Za-z0-9._-]+#\d+")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
@@ -50,7 +53,7 @@ class BlobsUnavailable(BlobError):
     """The store could not be reached or refused, after its retries; asking again later is right."""
 
 
-class BlobOptions(msgspec.Struct, frozen=True, kw_only=True):
+class BlobOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel"):
     """How to reach an S3 store (others take ``extra``: obstore's own option names); None: from the environment.
 
     ``path_style``: the bucket is in the path, not in the host name. An ``endpoint`` may be plain http.
@@ -143,6 +146,26 @@ class Blobs:
             async with asyncio.timeout(RETRYING_S + REQUEST_S):
                 await obstore.delete_async(self._store, key)
 
+    async def older(self, before_s: float) -> AsyncIterator[list[str]]:
+        """All keys last written before then (unix seconds), some at a time."""
+        pages = aiter(obstore.list(self._store, chunk_size=LISTED))
+        while True:
+            with _told("listing"):
+                async with asyncio.timeout(RETRYING_S + REQUEST_S):
+                    page = await anext(pages, None)
+            if page is None:
+                return
+            yield [blob["path"] for blob in page if blob["last_modified"].timestamp() < before_s]
+
+    async def remove_cut(self, before_s: float) -> int:
+        """Deletes what uploads into a folder had written when their process was killed, if before then; how many.
+
+        An object store keeps such parts out of sight, and a lifecycle rule of its bucket deletes them.
+        """
+        if not isinstance(self._store, LocalStore) or self._store.prefix is None:
+            return 0
+        return await asyncio.to_thread(_remove_staged, Path(self._store.prefix), before_s)
+
     async def size(self, key: str) -> int | None:
         """Bytes; None when there is no such blob."""
         try:
@@ -180,6 +203,17 @@ def _told(key: str) -> Iterator[None]:
     except (BaseError, TimeoutError) as error:
         what = str(error).partition("\n")[0] or "no answer in time"
         raise BlobsUnavailable(f"blob {key}: {what}") from error
+
+
+def _remove_staged(folder: Path, before_s: float) -> int:
+    """``obstore`` writes ``name#1`` and renames it when it is whole."""
+    removed = 0
+    for path in folder.glob("t-*/*#*"):
+        with contextlib.suppress(FileNotFoundError):
+            if _STAGED.fullmatch(path.name) and path.stat().st_mtime < before_s:
+                path.unlink()
+                removed += 1
+    return removed
 
 
 def _folder(path: Path) -> LocalStore:

@@ -72,6 +72,31 @@ class PoolHeadroom(msgspec.Struct, frozen=True, kw_only=True):
     endpoints: tuple[Headroom, ...]
 
 
+class Share(msgspec.Struct, frozen=True, kw_only=True):
+    """Of several that send batch to the same endpoints, this is the one with this number, from 0."""
+
+    number: int = 0
+    of: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.number < self.of:
+            raise ValueError(f"number must be 0 to {self.of - 1} for a share of {self.of}, not {self.number}")
+
+    def part(self, headroom: Headroom, endpoint: int) -> Headroom:
+        """Its part of what the ``endpoint``-th endpoint can take: together they have all of it, none less than others
+        everywhere."""
+        if self.of == 1:
+            return headroom
+        behind = (self.number + endpoint) % self.of
+        per_s = headroom.prefill_tokens_per_s
+        return msgspec.structs.replace(
+            headroom,
+            n_star=(headroom.n_star + self.of - 1 - behind) // self.of,
+            prefill_tokens=headroom.prefill_tokens // self.of,
+            prefill_tokens_per_s=None if per_s is None else per_s / self.of,
+        )
+
+
 class FixedCap(msgspec.Struct, frozen=True, kw_only=True):
     """What is safe on an endpoint of which nothing is known."""
 
@@ -146,8 +171,11 @@ class _Place:
 class Pace:
     """Of one model. Tell it what happens; ask ``aborts`` after each ``hear`` and ``starts`` after everything."""
 
-    def __init__(self, fixed: FixedCap | None = None) -> None:
+    def __init__(self, fixed: FixedCap | None = None, stale_after_s: float = STALE_AFTER_S) -> None:
         self.fixed = fixed or FixedCap()
+        self.stale_after_s = stale_after_s
+        self.share = Share()
+        """Counts from the next ``hear`` on."""
         self.lines: dict[str, Line] = {}
         self._places: dict[str, _Place] = {}
         self._heard_s: float | None = None
@@ -155,7 +183,7 @@ class Pace:
     def hear(self, news: PoolHeadroom, now_s: float) -> None:
         """The latest word replaces the one before. An endpoint no longer named gets no further lines."""
         self._heard_s = now_s
-        named = {one.endpoint: one for one in news.endpoints}
+        named = {one.endpoint: self.share.part(one, i) for i, one in enumerate(news.endpoints)}
         for name in [n for n, place in self._places.items() if n not in named and not place.lines]:
             del self._places[name]
         for name, place in self._places.items():
@@ -177,13 +205,17 @@ class Pace:
         place.outstanding_tokens += line.prompt_tokens
         place.prefilling += 1
 
-    def produced(self, line_ids: Iterable[str]) -> None:
-        """One token each; unknown ids are ignored."""
+    def stale(self, now_s: float) -> bool:
+        """Nothing was heard, or not for long."""
+        return self._heard_s is None or now_s - self._heard_s > self.stale_after_s
+
+    def produced(self, line_ids: Iterable[str], count: int = 1) -> None:
+        """``count`` tokens each; unknown ids are ignored."""
         get = self.lines.get
         for line_id in line_ids:
             line = get(line_id)
             if line is not None:
-                line.tokens += 1
+                line.tokens += count
                 if not line.prefilled:
                     self._prefilled(line)
 
@@ -216,7 +248,7 @@ class Pace:
         follows many aborts finds nothing to take.
         """
         left = _looked_at(waiting)
-        stale = self._heard_s is None or now_s - self._heard_s > STALE_AFTER_S
+        stale = self.stale(now_s)
         if stale and not self._places:
             self._places[ANYWHERE] = _Place()
         chosen: list[Start] = []

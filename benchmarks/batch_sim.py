@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
-from batchgw.pace import LOOK_AHEAD, Pace, PoolHeadroom, Waiting
+from batchgw.pace import LOOK_AHEAD, FixedCap, Pace, PoolHeadroom, Waiting
 from benchmarks.batch_traffic import Scenario
 from llmd_sched.sim.engine import Engine, Policy, SimRequest, Step
 
@@ -114,7 +114,7 @@ class Simulation:
         self.law = law
         self.end_s = end_s if end_s is not None else scenario.end_s
         self.news_delay_s = news_delay_s
-        self.pace = Pace()
+        self.pace = Pace(FixedCap(lines=0))  # as the worker's pacer: nothing before it has heard
         self.now_s = 0.0
         self.asked: dict[str, Asked] = {}
         self.jobs: dict[str, Job] = {}

@@ -23,7 +23,7 @@ from batchgw.records import TERMINAL, Batch, File
 from batchgw.store import open_store
 from batchgw.store.base import Store
 from batchgw.worker.finalize import Finalizer, FinalizerSettings
-from batchgw.worker.inputs import Inputs
+from batchgw.worker.inputs import Inputs, OpenHeaders, no_headers
 from batchgw.worker.leases import Leases
 from batchgw.worker.metrics import Metrics
 from batchgw.worker.pacer import GatePacer, Pacer
@@ -105,6 +105,17 @@ class Site:
             await made.stop()
 
 
+class _Known(Gateways):
+    """One gateway for all models that it knows."""
+
+    def __init__(self, known: Callable[[str], bool], gateway: Gateway) -> None:
+        super().__init__(gateway)
+        self._known = known
+
+    def of(self, model: str) -> Gateway | None:
+        return super().of(model) if self._known(model) else None
+
+
 class Process:
     """One worker with its upkeep, as ``batchgw worker`` runs it. ``kill`` leaves everything as it is."""
 
@@ -119,17 +130,22 @@ class Process:
         settings: WorkerSettings | None = None,
         finalizer: FinalizerSettings | None = None,
         seed: int = 1,
+        lease_s: float = LEASE_S,
+        heartbeat_s: float = HEARTBEAT_S,
+        look_s: float = LOOK_S,
+        open_headers: OpenHeaders = no_headers,
+        known: Callable[[str], bool] = lambda model: True,
         **gateway: Any,
     ) -> None:
         store = store or site.store
         usual = {"initial_backoff_s": 0.002, "max_backoff_s": 0.05, "request_timeout_s": 0.5, "max_retries": 20}
-        self.sender = Sender(Gateways(Gateway(url=site.engine_url, **{**usual, **gateway})), Random(seed))
+        self.sender = Sender(_Known(known, Gateway(url=site.engine_url, **{**usual, **gateway})), Random(seed))
         self.metrics = Metrics()
-        leases, inputs = Leases(store, name, LEASE_S, HEARTBEAT_S), Inputs(store, site.blobs)
+        leases, inputs = Leases(store, name, lease_s, heartbeat_s), Inputs(store, site.blobs, open_headers)
         ends = Finalizer(store, site.blobs, inputs, leases, self.metrics, settings=finalizer)
-        upkeep = UpkeepSettings(look_s=LOOK_S)
+        upkeep = UpkeepSettings(look_s=look_s)
         self.upkeep = Upkeep(store, site.blobs, inputs, leases, ends, self.metrics, settings=upkeep)
-        settings = settings or WorkerSettings(poll_s=LOOK_S, flush_s=0.05, stop_s=2.0)
+        settings = settings or WorkerSettings(poll_s=look_s, flush_s=0.05, stop_s=2.0)
         pacer = pacer or GatePacer(lambda model: Open(), per_model=per_model)
         self.worker = Worker(store, inputs, self.sender, pacer, leases, metrics=self.metrics, settings=settings)
         self._tasks: list[asyncio.Task[None]] = []

@@ -1,9 +1,10 @@
-"""Seeded kills of workers, database calls and the engine, and whether any line was lost.
+"""Seeded kills of workers, API servers, database calls and the engine, and whether any line was lost.
 
 ``python -m benchmarks.bench_batch_kills --json OUT``: 200 kills over 20 batches of 500 lines on SQLite, or the database
 of ``--store``. A worker that is killed hands nothing in or back, and another one starts; a database kill fails a share
-of all calls, before or after they took effect; an engine kill refuses, resets, cuts or hangs. Some batches are
-cancelled or run out of their window meanwhile.
+of all calls, before or after they took effect; an engine kill refuses, resets, cuts or hangs. API servers are processes
+that the kernel kills, while clients upload, create with an idempotency key, list and cancel, and ask again. Some
+batches are cancelled or run out of their window meanwhile.
 """
 
 from __future__ import annotations
@@ -25,12 +26,17 @@ import msgspec
 from batchgw.records import TERMINAL, Batch, Result
 from batchgw.store import open_store
 from batchgw.store.base import Store, StoreUnavailable
+from batchgw.worker.sweep import sweep
+from benchmarks.batch_clients import Client, Servers, clients, half_written, made_twice, orphans
 from benchmarks.batch_engine import Asked, Engine, Fault, running, sometimes
 from benchmarks.batch_site import Process, Site, requests, site, went_back, wrong
 from benchmarks.results import table, write_json
 
 WORKERS = 3
-KINDS = ("worker", "database", "engine")
+IDLERS = 2
+"""Clients that keep the API busy."""
+TENANTS = ["t0", "t1", "t2"]
+KINDS = ("worker", "database", "engine", "api")
 PAUSE_S = (0.02, 0.15)
 TROUBLE_S = (0.05, 0.25)
 LOOK_S = 0.03
@@ -79,17 +85,34 @@ class Report(msgspec.Struct, kw_only=True):
     sent_again: int
     """Calls beyond one a line: what a kill costs the engine."""
     failed_store_calls: int
+    answers: dict[str, int]
+    """Of the API: answered, 5xx, broken_off."""
     took_s: float
     after_last_kill_s: float
+    orphans: int
+    """Blobs that killed API servers left without a row; the sweep removes them."""
     broken: list[str]
 
 
 class Kills:
-    """One run. ``rng`` decides everything but the interleaving."""
+    """One run. ``rng`` decides everything but the interleaving. Without ``api`` batches are put into the store, and
+    three kinds of kills are left. ``folder``: of the blobs."""
 
-    def __init__(self, gateway: Site, engine: Engine, seed: int, kills: int) -> None:
+    def __init__(
+        self,
+        gateway: Site,
+        engine: Engine,
+        seed: int,
+        kills: int,
+        api: tuple[Servers, Client] | None = None,
+        folder: Path = Path(),
+    ) -> None:
         self._gateway, self._engine, self._rng, self._kills = gateway, engine, Random(seed), kills
-        self._seed = seed
+        self._seed, self._api = seed, api
+        self._folder = folder
+        self._kinds = KINDS if api else KINDS[:-1]
+        self._going: set[str] = set()
+        self._to_cancel: list[Batch] = []
         self._store = Flaky(gateway.store, self._rng)
         self._workers: list[Process] = []
         self._started = 0
@@ -105,25 +128,27 @@ class Kills:
 
     async def run(self, batches: int, lines: int) -> Report:
         began_s = time.monotonic()
-        # Every seventh batch is cancelled on the way, and every seventh has a window it cannot meet.
-        windows = [2.0 if i % 7 == 5 else 3600.0 for i in range(batches)]
-        submitted = [
-            await self._gateway.submit(requests(lines, model=["a", "b"]), window_s=s, tenant=f"t{i % 3}")
-            for i, s in enumerate(windows)
-        ]
+        submitting = asyncio.gather(*(self._submit(i, lines) for i in range(batches)))
+        if self._api is None:
+            await submitting  # all at once, and then the kills
+        idlers = [asyncio.create_task(self._api[1].idle_about(t)) for t in TENANTS[:IDLERS]] if self._api else []
         for _ in range(WORKERS):
             await self._start()
-        watch = asyncio.create_task(self._watch([batch.id for batch in submitted]))
-        kills = await self._kill_all([batch for i, batch in enumerate(submitted) if i % 7 == 3])
+        watch = asyncio.create_task(self._watch(submitting))
+        kills = await self._kill_all()
         last_kill_s = time.monotonic()
         try:
             async with asyncio.timeout(LIMIT_S):
                 await watch
         finally:
-            watch.cancel()
+            submitting.cancel()
+            for task in (watch, *idlers):
+                task.cancel()
+            await asyncio.gather(*idlers, return_exceptions=True)
             for worker in self._workers:
                 await self._end(worker)
-        ended = [await self._gateway.batch(batch.id) for batch in submitted]
+        ended = [await self._gateway.batch(id) for id in await submitting]
+        left, broken_api = await self._broken_api()
         return Report(
             seed=self._seed,
             kills=dict(kills),
@@ -135,10 +160,27 @@ class Kills:
             sent=sum(self._engine.calls.values()),
             sent_again=sum(count - 1 for count in self._engine.calls.values()),
             failed_store_calls=self._store.failed,
+            answers=dict(self._api[1].answers) if self._api else {},
             took_s=time.monotonic() - began_s,
             after_last_kill_s=time.monotonic() - last_kill_s,
-            broken=self._crashes + [text for batch in ended for text in await self._broken(batch, lines)],
-        )
+            orphans=left,
+            broken=self._crashes + [text for batch in ended for text in await self._broken(batch, lines)]
+            + broken_api,
+        )  # fmt: skip
+
+    async def _submit(self, number: int, lines: int) -> str:
+        """Every seventh batch is cancelled on the way, and every seventh has a window it cannot meet."""
+        data, tenant = requests(lines, model=["a", "b"]), TENANTS[number % len(TENANTS)]
+        window_s = 2.0 if number % 7 == 5 else 3600.0
+        if self._api is None:
+            batch = await self._gateway.submit(data, window_s=window_s, tenant=tenant)
+        else:
+            await asyncio.sleep(self._rng.uniform(0.0, self._kills * PAUSE_S[1] / 2))
+            batch = await self._gateway.batch(await self._api[1].submit(data, window_s, tenant, f"key-{number}"))
+        self._going.add(batch.id)
+        if number % 7 == 3:
+            self._to_cancel.append(batch)
+        return batch.id
 
     async def _start(self) -> None:
         self._started += 1
@@ -151,22 +193,30 @@ class Kills:
         self._crashes += [repr(error) for error in worker.crashed()]
         await worker.kill()
 
-    async def _kill_all(self, to_cancel: list[Batch]) -> Counter[str]:
+    async def _kill_all(self) -> Counter[str]:
         kinds: Counter[str] = Counter()
         for i in range(self._kills):
             await asyncio.sleep(self._rng.uniform(*PAUSE_S))
-            kind = self._rng.choice(KINDS)
+            kind = self._rng.choice(self._kinds)
             kinds[kind] += 1
             await self._kill(kind)
-            if to_cancel and i >= self._kills // 4:
-                batch = to_cancel.pop()
-                await self._gateway.store.cancel_batch(batch.tenant, batch.id, time.time())
+            if self._to_cancel and i >= self._kills // 4:
+                await self._cancel(self._to_cancel.pop())
         return kinds
+
+    async def _cancel(self, batch: Batch) -> None:
+        if self._api is None:
+            await self._gateway.store.cancel_batch(batch.tenant, batch.id, time.time())
+        else:
+            await self._api[1].cancel(batch.id, batch.tenant)
 
     async def _kill(self, kind: str) -> None:
         if kind == "worker":
             await self._end(self._workers.pop(self._rng.randrange(len(self._workers))))
             await self._start()
+            return
+        if kind == "api" and self._api:
+            await self._api[0].kill(self._rng)
             return
         share = self._rng.uniform(0.1, 1.0)
         if kind == "database":
@@ -176,16 +226,29 @@ class Kills:
         await asyncio.sleep(self._rng.uniform(*TROUBLE_S))
         self._store.share = self._engine_share = 0.0
 
-    async def _watch(self, ids: list[str]) -> None:
-        """Notes each batch as users see it, until all have ended."""
-        going = set(ids)
-        while going:
-            for id in list(going):
+    async def _watch(self, submitting: asyncio.Future[list[str]]) -> None:
+        """Notes each batch as users see it, until all are submitted and have ended."""
+        while self._going or not submitting.done():
+            for id in list(self._going):
                 batch = await self._gateway.batch(id)
                 self._seen[id].append(batch)
                 if batch.status in TERMINAL:
-                    going.discard(id)
+                    self._going.discard(id)
             await asyncio.sleep(LOOK_S)
+
+    async def _broken_api(self) -> tuple[int, list[str]]:
+        """How many blobs are nobody's once all servers are dead, and what is broken: a sweep must leave none."""
+        if self._api is None:
+            return 0, []
+        servers, client = self._api
+        await servers.stop()
+        twice = await made_twice(self._gateway, TENANTS, client.keys)
+        halves = await half_written(self._gateway, TENANTS)
+        left = await orphans(self._gateway, TENANTS, self._folder)
+        await sweep(self._gateway.store, self._gateway.blobs, time.time() + 1.0)
+        swept = [f"{path.name} is left" for path in await orphans(self._gateway, TENANTS, self._folder)]
+        lost = await half_written(self._gateway, TENANTS)
+        return len(left), client.broken + twice + halves + swept + lost
 
     async def _broken(self, batch: Batch, lines: int) -> list[str]:
         seen = self._seen[batch.id]
@@ -199,12 +262,15 @@ class Kills:
 
 
 async def bench(store_url: str, folder: Path, seed: int, kills: int, batches: int, lines: int) -> Report:
-    (folder / "blobs").mkdir(exist_ok=True)
+    blobs = folder / "blobs"
+    blobs.mkdir(exist_ok=True)
+    store_url = store_url or f"sqlite:///{folder}/batch.db"
     async with (
         running(Engine(tokens=4, token_s=0.001)) as engine,
-        site(lambda: open_store(store_url or f"sqlite:///{folder}/batch.db"), folder / "blobs", engine.url) as gateway,
+        site(lambda: open_store(store_url), blobs, engine.url) as gateway,
+        clients(store_url, blobs, Random(seed)) as api,
     ):
-        return await Kills(gateway, engine, seed, kills).run(batches, lines)
+        return await Kills(gateway, engine, seed, kills, api, blobs).run(batches, lines)
 
 
 def main() -> None:
@@ -231,6 +297,7 @@ def main() -> None:
 def flat(report: Report) -> dict[str, float]:
     counted = {f"{kind}_kills_count": float(count) for kind, count in sorted(report.kills.items())}
     counted |= {f"{status}_batches_count": float(count) for status, count in sorted(report.ends.items())}
+    counted |= {f"api_{what}_count": float(count) for what, count in sorted(report.answers.items())}
     return counted | {
         "lines_count": float(report.lines),
         "completed_lines_count": float(report.completed),
@@ -239,6 +306,7 @@ def flat(report: Report) -> dict[str, float]:
         "repeated_calls_count": float(report.sent_again),
         "failed_store_calls_count": float(report.failed_store_calls),
         "broken_count": float(len(report.broken)),
+        "orphaned_blobs_count": float(report.orphans),
         "took_s": report.took_s,
         "after_last_kill_s": report.after_last_kill_s,
     }

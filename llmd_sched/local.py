@@ -1,14 +1,15 @@
 """``llmd-sched up``: model servers, the scheduler and a real Envoy on this machine, a workload, a report.
 
-Started in this order, each waited for: engines, scheduler, Envoy. Stopped in the reverse order, whatever happened.
-Everything listens on loopback, on ports that were free. The report compares what the scheduler predicted with what
-came, from the scheduler's own outcome log.
+Started in this order, each waited for: engines, scheduler, Envoy, batchgw. Stopped in the reverse order, whatever
+happened. Everything listens on loopback, on ports that were free. The report compares what the scheduler predicted
+with what came, from the scheduler's own outcome log.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import math
 import shutil
 import signal
@@ -42,6 +43,7 @@ REQUEST_TIMEOUT_S = 300.0
 WINDOW_S = 10.0
 VLLM_START_S = 240.0
 VLLM_CONTEXT_TOKENS = 16384
+BATCH_PRODUCER = "batch-headroom-producer"
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -52,6 +54,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--noise", type=float, default=0.05, help="sigma of simulated step times (%(default)s)")
     p.add_argument("--path", choices=("lean", "duplex"), default="lean", help="Envoy data path (%(default)s)")
     p.add_argument("--config-file", help="EndpointPickerConfig; by default latency prediction")
+    p.add_argument("--batch", action="store_true", help="also run batchgw, which uses what the load leaves")
     p.add_argument("--trace", metavar="FILE", help="Azure LLM CSV or Mooncake JSONL; by default generated chat")
     p.add_argument("--speed", type=float, default=1.0, help="replay a trace this much faster (%(default)s)")
     p.add_argument("--rate", type=float, default=30.0, help="requests/s of the generated chat (%(default)s)")
@@ -73,6 +76,7 @@ class Local(msgspec.Struct):
     engines: list[Child]
     outcomes: Path
     metrics_url: str
+    batch: Child | None = None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -101,6 +105,8 @@ def _check(args: argparse.Namespace) -> None:
         reason = tiny_vllm.available(args.vllm_python)
         if reason:
             raise StackError(reason)
+    if args.batch and importlib.util.find_spec("uvicorn") is None:
+        raise StackError("batchgw's packages are missing; install the extra: pip install 'llmd-sched[batch]'")
     if args.config_file and not Path(args.config_file).is_file():
         raise ConfigError("no such file", args.config_file)
 
@@ -142,16 +148,16 @@ async def _run(args: argparse.Namespace, items: Iterator[Item], folder: Path) ->
 
 async def start(args: argparse.Namespace, stack: Stack) -> Local:
     """Engines, scheduler, Envoy, each answering before the next is started."""
-    ports = free_ports(args.engines + 5)
-    engine_ports, (grpc, health, metrics, listen, admin) = ports[: args.engines], ports[args.engines :]
+    ports = free_ports(args.engines + 7)
+    engine_ports, (grpc, health, metrics, listen, admin, *batch) = ports[: args.engines], ports[args.engines :]
     engines, model = await _start_engines(args, stack, engine_ports)
     named = zip(engines, engine_ports, strict=True)
     endpoints = [{"name": engine.name, "address": "127.0.0.1", "port": port} for engine, port in named]
     (stack.folder / "endpoints.yaml").write_text(yaml.safe_dump({"endpoints": endpoints}))
     outcomes = stack.folder / "outcomes.jsonl"
-    config_file = args.config_file or stack.folder / "config.yaml"
+    config, config_file = _config(args), args.config_file or stack.folder / "config.yaml"
     if not args.config_file:
-        config_file.write_text(resources.files("llmd_sched").joinpath("local.yaml").read_text())
+        config_file.write_text(config)
     scheduler = await stack.start_llmd(
         "scheduler", "serve", "--config-file", str(config_file), "--host", "127.0.0.1",
         "--endpoints-file", str(stack.folder / "endpoints.yaml"), "--secure-serving=false",
@@ -164,7 +170,32 @@ async def start(args: argparse.Namespace, stack: Stack) -> Local:
     )
     envoy = await stack.start_envoy(render(settings))
     await wait_http(f"http://127.0.0.1:{admin}/ready", envoy)
-    return Local(f"http://127.0.0.1:{listen}", model, scheduler, engines, outcomes, f"http://127.0.0.1:{metrics}")
+    local = Local(f"http://127.0.0.1:{listen}", model, scheduler, engines, outcomes, f"http://127.0.0.1:{metrics}")
+    if args.batch:
+        local.batch = await _start_batch(stack, local, BATCH_PRODUCER in config, *batch)
+    return local
+
+
+def _config(args: argparse.Namespace) -> str:
+    """With ``--batch`` ours lets requests of that objective come last, and says how many there may be."""
+    if args.config_file:
+        return Path(args.config_file).read_text()
+    text = resources.files("llmd_sched").joinpath("local.yaml").read_text()
+    if not args.batch:
+        return text
+    document = yaml.safe_load(text)
+    objectives = {"type": "static-objectives", "parameters": {"objectives": {"batch": -1}}}
+    document["plugins"][:0] = [objectives, {"type": BATCH_PRODUCER}, {"type": "batch-headroom-filter"}]
+    document["schedulingProfiles"][0]["plugins"].insert(0, {"pluginRef": "batch-headroom-filter"})
+    return yaml.safe_dump(document, sort_keys=False)
+
+
+async def _start_batch(stack: Stack, local: Local, tells_headroom: bool, port: int, ops_port: int) -> Child:
+    child = await stack.start_batchgw(local.url, local.metrics_url if tells_headroom else "", port, ops_port)
+    await wait_http(f"http://127.0.0.1:{ops_port}/ready", child)
+    held = "the scheduler's headroom" if tells_headroom else f"refusals (the configuration has no {BATCH_PRODUCER})"
+    _say(f"batch API: http://127.0.0.1:{port}/v1, held back by {held}")
+    return child
 
 
 async def _start_engines(args: argparse.Namespace, stack: Stack, ports: list[int]) -> tuple[list[Child], str]:
@@ -207,7 +238,7 @@ async def _replay(local: Local, items: Iterator[Item], duration_s: float, stop: 
             elapsed_s = asyncio.get_running_loop().time() - began_s
             counts = f"{len(results)} done, {failed} failed" + (", draining" if elapsed_s > duration_s else "")
             progress.update(bar, completed=min(duration_s, elapsed_s), counts=counts)
-            for child in (local.scheduler, *local.engines):
+            for child in (local.scheduler, *local.engines, *([local.batch] if local.batch else [])):
                 child.check()
         await sending
     return results

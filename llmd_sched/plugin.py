@@ -30,6 +30,7 @@ class Attribute(enum.StrEnum):
     LATENCY = "LatencyPredictionInfo"
     SESSION_ID = "SessionID"
     ENCODER_CACHE = "EncoderCacheMatchInfo"
+    HEADROOM = "HeadroomInfo"
 
 
 DEFAULT_PRODUCER = {
@@ -38,6 +39,7 @@ DEFAULT_PRODUCER = {
     Attribute.LATENCY: "predicted-latency-producer",
     Attribute.SESSION_ID: "session-id-producer",
     Attribute.ENCODER_CACHE: "mm-embeddings-cache-producer",
+    Attribute.HEADROOM: "batch-headroom-producer",
 }
 """The plugin that is added by itself when something needs the attribute and nothing makes it."""
 

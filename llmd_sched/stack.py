@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.metadata
+import json
 import os
 import signal
 import socket
@@ -94,6 +95,20 @@ class Stack:
         path.write_text(config)
         arguments = ["-c", str(path), "--concurrency", str(concurrency), "-l", "warning", "--disable-hot-restart"]
         return await self.start(name, [str(envoy_binary()), *arguments])
+
+    async def start_batchgw(self, gateway_url: str, headroom_url: str, port: int, ops_port: int) -> Child:
+        """The batch gateway, its data in our folder; without ``headroom_url`` a gate holds it back."""
+        config = {
+            "listen": f"127.0.0.1:{port}",
+            "ops": f"127.0.0.1:{ops_port}",
+            "data": str(self.folder / "batchgw"),
+            "gateway": gateway_url,
+            "pace": {"headroom": {"url": headroom_url}} if headroom_url else {"gate": {"type": "aimd"}},
+            "worker": {"stopS": STOP_GRACE_S / 3},
+        }
+        file = self.folder / "batchgw.yaml"
+        file.write_text(json.dumps(config))
+        return await self.start("batchgw", [sys.executable, "-m", "batchgw", "serve", "--config", str(file)])
 
 
 async def stop(child: Child, grace_s: float = STOP_GRACE_S) -> None:

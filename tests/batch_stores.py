@@ -21,6 +21,9 @@ def postgres() -> Iterator[Any]:
 
     folder = Path(tempfile.mkdtemp(prefix="pg-"))  # short: the path of its socket has a limit
     server = pgserver.get_server(folder, cleanup_mode="stop")
+    for name in ("fsync", "full_page_writes", "synchronous_commit"):  # processes are killed here, not the machine
+        server.psql(f"ALTER SYSTEM SET {name} = off;")
+    server.psql("SELECT pg_reload_conf();")
     yield server
     server.cleanup()
     shutil.rmtree(folder, ignore_errors=True)
@@ -28,8 +31,13 @@ def postgres() -> Iterator[Any]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return database_url(request, tmp_path)
+
+
+def database_url(request: pytest.FixtureRequest, folder: Path) -> str:
+    """A new database of the kind that is the fixture's parameter."""
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/batch.db"
+        return f"sqlite:///{folder}/batch.db"
     server = request.getfixturevalue("postgres")
     name = f"t{uuid.uuid4().hex}"
     server.psql(f"CREATE DATABASE {name};")

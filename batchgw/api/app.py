@@ -21,10 +21,12 @@ from batchgw.api.intake import Intake
 from batchgw.api.metrics import ApiMetrics, Measured
 from batchgw.api.objects import BatchObject, DeletedFile, FileObject, ListObject, PartObject, UploadObject
 from batchgw.api.settings import ApiSettings
+from batchgw.api.traced import Traced
 from batchgw.api.uploads import CompleteUpload, CreateUpload, UploadRoutes
 from batchgw.blobs import Blobs
 from batchgw.errors import ConfigError
 from batchgw.store.base import Store, StoreError
+from batchgw.tracing import Tracer
 
 READY_S = 5.0
 SHOWN = (
@@ -40,9 +42,14 @@ def create_app(
     blobs: Blobs,
     *,
     metrics: ApiMetrics | None = None,
+    serving: Callable[[], bool] = lambda: True,
+    tracer: Tracer | None = None,
     clock: Callable[[], float] = time.time,
 ) -> FastAPI:
-    """Store and blobs are the caller's to close. ConfigError for settings that do not go together."""
+    """Store and blobs are the caller's to close. ConfigError for settings that do not go together.
+
+    ``serving``: false makes it not ready, whatever its storage says.
+    """
     try:
         settings.check()
     except ValueError as e:
@@ -54,6 +61,7 @@ def create_app(
         redirect_slashes=False,
         middleware=[  # outermost first
             Middleware(Measured, metrics or ApiMetrics(CollectorRegistry())),
+            *([Middleware(Traced, tracer)] if tracer else ()),
             Middleware(Edge, settings.read_idle_s, settings.request_timeout_s),
         ],
     )
@@ -63,15 +71,15 @@ def create_app(
     app.include_router(FileRoutes(intake, store, blobs).router(), dependencies=auth)
     app.include_router(UploadRoutes(settings, intake, store, blobs, clock).router(), dependencies=auth)
     app.include_router(BatchRoutes(settings, store, clock).router(), dependencies=auth)
-    _add_probes(app, store)
+    _add_probes(app, store, serving)
     app.openapi = lambda: describe(app, SHOWN)  # type: ignore[method-assign]
     return app
 
 
-def create_ops_app(registry: CollectorRegistry, store: Store) -> FastAPI:
+def create_ops_app(registry: CollectorRegistry, store: Store, serving: Callable[[], bool] = lambda: True) -> FastAPI:
     """``/health``, ``/ready`` and ``/metrics``."""
     app = FastAPI(title="batchgw operations", openapi_url=None)
-    _add_probes(app, store)
+    _add_probes(app, store, serving)
 
     async def metrics() -> Response:
         return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_LATEST})
@@ -80,7 +88,7 @@ def create_ops_app(registry: CollectorRegistry, store: Store) -> FastAPI:
     return app
 
 
-def _add_probes(app: FastAPI, store: Store) -> None:
+def _add_probes(app: FastAPI, store: Store, serving: Callable[[], bool]) -> None:
     async def health() -> Response:
         return Response("OK", media_type="text/plain")
 
@@ -88,9 +96,10 @@ def _add_probes(app: FastAPI, store: Store) -> None:
         try:
             async with asyncio.timeout(READY_S):
                 await store.ping()
+            is_ready = serving()
         except (StoreError, TimeoutError):
-            return Response("not ready", 503, media_type="text/plain")
-        return Response("ok", media_type="text/plain")
+            is_ready = False
+        return Response("ok" if is_ready else "not ready", 200 if is_ready else 503, media_type="text/plain")
 
     probe: dict[str, Any] = {"methods": ["GET", "HEAD"], "response_class": Response, "include_in_schema": False}
     app.add_api_route("/health", health, **probe)

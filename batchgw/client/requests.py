@@ -165,7 +165,7 @@ class Sender:
 
     async def _attempt(self, gateway: Gateway, flight: Flight, watch: Watch) -> _Answer:
         """Raises _Lost. However it ends, what was generated stays in the flight."""
-        body = _decoded(flight.call.body)
+        body = body_of(flight.call)
         streamed = gateway.stream and reply.streamable(flight.call.url, body)
         if streamed and flight.progress and flight.progress.text and reply.exhausted(body, flight.progress):
             whole = reply.finished(flight.call.url, flight.call.model, flight.progress)
@@ -279,10 +279,10 @@ def retry_after_s(value: str, now_s: float) -> float | None:
         return None
 
 
-def _decoded(body: bytes) -> dict[str, Any]:
+def body_of(call: Call) -> dict[str, Any]:
     """Lines were validated at upload; one that is no object is sent as it is and answered by the engine."""
     try:
-        value = msgspec.json.decode(body)
+        value = msgspec.json.decode(call.body)
     except msgspec.DecodeError:
         return {}
     return value if isinstance(value, dict) else {}

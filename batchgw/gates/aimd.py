@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from batchgw.gates.base import Gate, Open, Spec, Tools
 
@@ -42,6 +44,9 @@ class Window(Open):
         self._spec, self._clock = spec, clock
         self.window = float(spec.min)
         self.threshold = float(spec.max)
+        self.increases = 0
+        self.decreases: Counter[str] = Counter()
+        """Cuts by the status that made them."""
         self._started: dict[str, int] = {}
         """Lines in flight by the order of their start."""
         self._next = 0
@@ -51,6 +56,9 @@ class Window(Open):
 
     def budget(self) -> float:
         return 0.0 if self._clock() < self._closed_until_s else self.window / self._spec.max
+
+    def windows(self) -> Sequence[Any]:
+        return [self]
 
     def room(self, max_concurrency: int, in_flight: int) -> int:
         return 0 if self._clock() < self._closed_until_s else int(self.window) - in_flight
@@ -76,6 +84,7 @@ class Window(Open):
         first = self._started.get(id, self._next) >= self._recovery
         if first:
             self._cut(0.9 if reason == TTL_EXPIRED else self._spec.dec)
+            self.decreases[str(status)] += 1
         if retry_after_s:
             self._closed_until_s = max(self._closed_until_s, self._clock() + retry_after_s)
             self.window = float(self._spec.min)
@@ -83,6 +92,7 @@ class Window(Open):
     def _grow(self) -> None:
         if self._clock() < self._grow_from_s:
             return
+        self.increases += 1
         step = 1.0 if self.window < self.threshold else self._spec.inc / self.window
         self.window = min(float(self._spec.max), self.window + step)
 

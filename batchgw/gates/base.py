@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 import aiohttp
@@ -51,6 +51,9 @@ class Gate(Protocol):
     def budget(self) -> float:
         """Share of the concurrency, in [0, 1]."""
 
+    def windows(self) -> Sequence[Any]:
+        """Congestion windows in it, for metrics."""
+
     def room(self, max_concurrency: int, in_flight: int) -> int:
         """Lines that may start now."""
 
@@ -71,6 +74,9 @@ class Open:
 
     def budget(self) -> float:
         return 1.0
+
+    def windows(self) -> Sequence[Any]:
+        return ()
 
     def room(self, max_concurrency: int, in_flight: int) -> int:
         """The share of the concurrency, less what runs."""

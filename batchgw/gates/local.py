@@ -75,6 +75,9 @@ class All(Open):
     def budget(self) -> float:
         return min(gate.budget() for gate in self._gates)
 
+    def windows(self) -> Sequence[Any]:
+        return [window for gate in self._gates for window in gate.windows()]
+
     def room(self, max_concurrency: int, in_flight: int) -> int:
         return min(gate.room(max_concurrency, in_flight) for gate in self._gates)
 

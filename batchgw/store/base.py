@@ -87,6 +87,9 @@ class Files(Protocol):
     async def expired_files(self, now_s: float, limit: int) -> list[File]:
         """Files past ``expires_s`` that no unfinished batch reads, oldest first; they stay until removed."""
 
+    async def known_ids(self, ids: Collection[str]) -> set[str]:
+        """Those of these ids that are a file's or a part's, of any tenant."""
+
     async def stored_bytes(self, tenant: str) -> int:
         """Of the tenant's files."""
 

@@ -17,6 +17,8 @@ from batchgw.store.tables import batch_models, batch_to_row, batches, chunks, ro
 
 FREED: dict[str, Any] = {"worker": None, "epoch": batches.c.epoch + 1, "lease_until_s": 0.0, "attempts": 0}
 """A batch row that enters its next phase: whoever held it does no more."""
+READ = sa.select(batches).where(batches.c.id == sa.bindparam("wanted"))
+READ_OF = READ.where(batches.c.tenant == sa.bindparam("of_tenant"))
 ENDED_S = sa.func.coalesce(batches.c.completed_s, batches.c.failed_s, batches.c.expired_s, batches.c.cancelled_s)
 
 
@@ -76,10 +78,10 @@ def held(claim: BatchClaim) -> sa.ColumnElement[bool]:
 
 
 async def read_batch(connection: AsyncConnection, tenant: str | None, batch_id: str) -> Batch | None:
-    query = sa.select(batches).where(batches.c.id == batch_id)
-    if tenant is not None:
-        query = query.where(batches.c.tenant == tenant)
-    row = (await connection.execute(query)).first()
+    if tenant is None:
+        row = (await connection.execute(READ, {"wanted": batch_id})).first()
+    else:
+        row = (await connection.execute(READ_OF, {"wanted": batch_id, "of_tenant": tenant})).first()
     return row_to_batch(row) if row else None
 
 

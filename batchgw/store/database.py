@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, cast
 
@@ -14,6 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from batchgw.store.base import StoreUnavailable
 
 ACCEPTED = "postgresql://user:password@host/database, or sqlite:///a/file"
+PING_AFTER_S = 2.0
+"""A connection that lay idle for so long is asked whether it still stands; each time would cost every verb a round."""
 LOST = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError, TimeoutError, OSError)
 """What a database raises that is away, too busy or too slow; deadlocks and serialization failures are among them."""
 
@@ -68,7 +71,7 @@ def _engine(url: str, pool_size: int, limit_s: float) -> AsyncEngine:
         case "postgresql" | "postgres" | "postgresql+psycopg":
             arguments = _postgres_arguments(limit_s)
             parsed = parsed.set(drivername="postgresql+psycopg")
-            return create_async_engine(parsed, connect_args=arguments, pool_pre_ping=True, **common)
+            return _postgres_habits(create_async_engine(parsed, connect_args=arguments, **common))
         case "sqlite" | "sqlite+aiosqlite" if parsed.database and parsed.database != ":memory:":
             arguments = {"timeout": limit_s}
             parsed = parsed.set(drivername="sqlite+aiosqlite")
@@ -88,6 +91,26 @@ def _postgres_arguments(limit_s: float) -> dict[str, Any]:
         "tcp_user_timeout": limit_ms,
         "application_name": "batchgw",
     }
+
+
+def _postgres_habits(engine: AsyncEngine) -> AsyncEngine:
+    """One dead connection is enough for the pool to replace all that are as old."""
+    dialect = engine.sync_engine.dialect
+
+    @sa.event.listens_for(engine.sync_engine, "checkin")
+    def laid_by(connection: Any, record: Any) -> None:
+        record.info["idle_since_s"] = time.monotonic()
+
+    @sa.event.listens_for(engine.sync_engine, "checkout")
+    def taken(connection: Any, record: Any, proxy: object) -> None:
+        if time.monotonic() - record.info.get("idle_since_s", float("inf")) < PING_AFTER_S:
+            return
+        try:
+            dialect.do_ping(connection)
+        except dialect.loaded_dbapi.Error as error:
+            raise sa.exc.DisconnectionError(f"the connection is gone: {error}") from error
+
+    return engine
 
 
 def _sqlite_habits(engine: AsyncEngine) -> AsyncEngine:

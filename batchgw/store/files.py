@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 import sqlalchemy as sa
@@ -50,6 +51,11 @@ class SqlFiles(OnDatabase):
         query = sa.select(files).where(files.c.expires_s <= now_s, ~read).order_by(files.c.expires_s).limit(limit)
         async with self.database.read() as connection:
             return [to_record(File, row) for row in await connection.execute(query)]
+
+    async def known_ids(self, ids: Collection[str]) -> set[str]:
+        known = sa.union_all(*(sa.select(table.c.id).where(table.c.id.in_(ids)) for table in (files, parts)))
+        async with self.database.read() as connection:
+            return set(await connection.scalars(known))
 
     async def stored_bytes(self, tenant: str) -> int:
         query = sa.select(sa.func.sum(files.c.bytes)).where(files.c.tenant == tenant)

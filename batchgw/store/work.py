@@ -1,41 +1,68 @@
-"""Chunks, leases and results in SQL."""
+"""Chunks, leases and results in SQL.
+
+Statements that run for each chunk are made once: making one costs more time than the database takes to run it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Sequence
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from batchgw.records import Alive, BatchClaim, Chunk, Claim, Lease, Result, Usage, Waiting
 from batchgw.store.base import LeaseLost
-from batchgw.store.batches import read_batch
 from batchgw.store.database import OnDatabase
 from batchgw.store.tables import (
     DELAYED,
     LEASED,
     QUEUED,
     UNDONE,
+    USAGE,
     batch_models,
     batches,
     chunks,
     results,
+    row_to_batch,
     row_to_result,
     to_record,
     to_row,
 )
 
 RESULTS_A_PAGE = 128
+RESULT = ("line", "ok", "output", *USAGE)
 RUNS = (batches.c.status == "in_progress") & batches.c.ending.is_(None)
 LINES_LEFT = chunks.c.stop - chunks.c.start - chunks.c.done_lines
+
+given = sa.bindparam
+THIS = (chunks.c.batch_id == given("of_batch")) & (chunks.c.number == given("of_number"))
+OF_MODEL = (chunks.c.batch_id == given("of_batch")) & (chunks.c.model == given("of_model")) & UNDONE
+DUE = (QUEUED & (chunks.c.not_before_s <= given("now_s"))) | (LEASED & (chunks.c.lease_until_s <= given("now_s")))
+FIRST = (
+    sa.select(batches, *(column.label(f"chunk_{column.name}") for column in chunks.c))
+    .join(chunks, chunks.c.batch_id == batches.c.id)
+    .where(RUNS, OF_MODEL, DUE)
+    .order_by(chunks.c.number)
+    .limit(1)
+    .with_for_update(skip_locked=True, of=chunks)
+)
+FOLLOWING = sa.select(chunks.c.prefix).where(OF_MODEL, QUEUED).order_by(chunks.c.number).limit(1).scalar_subquery()
+FENCED = sa.select(chunks).where(THIS, LEASED, chunks.c.epoch == given("by_epoch")).with_for_update()
+LINES_DONE = sa.select(results.c.line).where(
+    results.c.batch_id == given("of_batch"), results.c.chunk == given("of_number")
+)
 
 
 class SqlWork(OnDatabase):
     async def waiting(self, now_s: float) -> list[Waiting]:
         counts = batch_models.c.queued_lines, batch_models.c.leased_lines, batch_models.c.done_lines
         query = (
-            sa.select(batches.c.id, batches.c.tenant, batches.c.deadline_s, batches.c.created_s, batch_models)
+            sa.select(
+                *((batch_models if name in batch_models.c else batches).c[name] for name in Waiting.__struct_fields__)
+            )
             .join(batch_models, batch_models.c.batch_id == batches.c.id)
             .where(batches.c.open, RUNS, counts[0] + counts[1] > 0)
             .order_by(batches.c.deadline_s, batches.c.id, batch_models.c.model)
@@ -47,20 +74,15 @@ class SqlWork(OnDatabase):
         return [_waiting(row, lapsed, delayed) for row in rows]
 
     async def claim_chunk(self, batch_id: str, model: str, worker: str, now_s: float, lease_s: float) -> Claim | None:
-        due = QUEUED & (chunks.c.not_before_s <= now_s)
-        lapsed = LEASED & (chunks.c.lease_until_s <= now_s)
-        first = sa.select(chunks).where(chunks.c.batch_id == batch_id, chunks.c.model == model, UNDONE, due | lapsed)
-        first = first.order_by(chunks.c.number).limit(1).with_for_update(skip_locked=True)
+        wanted = {"of_batch": batch_id, "of_model": model, "now_s": now_s}
         async with self.database.write() as connection:
-            batch = await read_batch(connection, None, batch_id)
-            if batch is None or batch.status != "in_progress" or batch.ending is not None:
-                return None
-            row = (await connection.execute(first)).first()
+            row = (await connection.execute(FIRST, wanted)).first()
             if row is None:
                 return None
-            chunk = await _lease(connection, to_record(Chunk, row), worker, now_s, lease_s)
+            found = Chunk(**{name: row._mapping[f"chunk_{name}"] for name in Chunk.__struct_fields__})
+            chunk = await _lease(connection, found, worker, now_s, lease_s)
             done = await _lines_done(connection, chunk) if chunk.done_lines else frozenset()
-        return Claim(chunk, batch, chunk.epoch, done)
+        return Claim(chunk, row_to_batch(row), chunk.epoch, done)
 
     async def heartbeat(self, worker: str, held: Collection[Claim | BatchClaim], now_s: float, lease_s: float) -> Alive:
         leases = {claim.lease for claim in held}
@@ -112,20 +134,26 @@ class SqlWork(OnDatabase):
         by_line = {result.line: result for result in added}
         if not by_line:
             return []
-        common = {"batch_id": chunk.batch_id, "chunk": chunk.number}
-        rows = [common | _result_row(result) for result in by_line.values()]
-        insert = self.database.insert(results).on_conflict_do_nothing().returning(results.c.line)
-        return [by_line[line] for line in await connection.scalars(insert, rows)]
+        rows = [_result_row(result) for result in by_line.values()]
+        if self.database.is_sqlite:
+            insert = self.database.insert(results).on_conflict_do_nothing().returning(results.c.line)
+            common = {"batch_id": chunk.batch_id, "chunk": chunk.number}
+            new = await connection.scalars(insert, [common | row for row in rows])
+        else:
+            columns = {name: [row[name] for row in rows] for name in RESULT}
+            new = await connection.scalars(_insert_columns(), _this(chunk) | columns)
+        return [by_line[line] for line in new]
 
     async def release_chunk(self, claim: Claim, not_before_s: float = 0.0) -> None:
         runs = sa.exists().where(batches.c.id == claim.chunk.batch_id, RUNS)
-        state = sa.case((runs, "queued"), else_="done")
+        freed = {"state": sa.case((runs, "queued"), else_="done"), "worker": None, "lease_until_s": 0.0}
         async with self.database.write() as connection:
             try:
                 chunk = await _fence(connection, claim)
             except LeaseLost:
                 return
-            await _set_chunk(connection, chunk, state=state, worker=None, lease_until_s=0.0, not_before_s=not_before_s)
+            change = sa.update(chunks).where(THIS).values(**freed, not_before_s=not_before_s)
+            await connection.execute(change, _this(chunk))
             left = chunk.stop - chunk.start - chunk.done_lines
             await _move_lines(connection, chunk, queued=left, leased=-left)
 
@@ -142,10 +170,20 @@ class SqlWork(OnDatabase):
             line = rows[-1].line
 
 
+@cache
+def _insert_columns() -> sa.Insert:
+    """One array a column: written row by row, the driver takes longer over so many parameters than all the rest."""
+    given_rows = sa.func.unnest(*(given(name, type_=postgresql.ARRAY(results.c[name].type)) for name in RESULT))
+    rows = given_rows.table_valued(*RESULT).render_derived()
+    of_chunk = given("of_batch", type_=sa.Text), given("of_number", type_=sa.BigInteger)
+    insert = postgresql.insert(results).from_select(["batch_id", "chunk", *RESULT], sa.select(*of_chunk, *rows.c))
+    return insert.on_conflict_do_nothing().returning(results.c.line)
+
+
 def _waiting(row: sa.Row[Any], lapsed: dict[tuple[str, str], int], delayed: dict[tuple[str, str], int]) -> Waiting:
-    gone = lapsed.get((row.batch_id, row.model), 0)
-    later = delayed.get((row.batch_id, row.model), 0)
-    columns = {name: row._mapping[name] for name in Waiting.__struct_fields__}
+    columns = dict(zip(Waiting.__struct_fields__, row, strict=True))  # of hundreds of rows: names one by one take long
+    key = columns["batch_id"], columns["model"]
+    gone, later = lapsed.get(key, 0), delayed.get(key, 0)
     columns["queued_lines"] += gone - later
     columns["leased_lines"] -= gone
     return Waiting(**columns)
@@ -175,23 +213,30 @@ async def _lease(connection: AsyncConnection, found: Chunk, worker: str, now_s: 
 
 
 async def _lines_done(connection: AsyncConnection, chunk: Chunk) -> frozenset[int]:
-    query = sa.select(results.c.line).where(results.c.batch_id == chunk.batch_id, results.c.chunk == chunk.number)
-    return frozenset(await connection.scalars(query))
+    return frozenset(await connection.scalars(LINES_DONE, _this(chunk)))
 
 
 async def _fence(connection: AsyncConnection, claim: Claim) -> Chunk:
     """Locks the chunk of a lease that still stands."""
     lease = claim.lease
-    mine = (chunks.c.batch_id == lease.batch_id) & (chunks.c.number == lease.number) & (chunks.c.epoch == lease.epoch)
-    row = (await connection.execute(sa.select(chunks).where(mine, LEASED).with_for_update())).first()
+    row = (await connection.execute(FENCED, _this(claim.chunk) | {"by_epoch": lease.epoch})).first()
     if row is None:
         raise LeaseLost(f"batch {lease.batch_id}: chunk {lease.number} is no longer held with epoch {lease.epoch}")
     return to_record(Chunk, row)
 
 
+def _this(chunk: Chunk) -> dict[str, Any]:
+    return {"of_batch": chunk.batch_id, "of_number": chunk.number}
+
+
 async def _set_chunk(connection: AsyncConnection, chunk: Chunk, **values: Any) -> None:
-    this = (chunks.c.batch_id == chunk.batch_id) & (chunks.c.number == chunk.number)
-    await connection.execute(sa.update(chunks).where(this).values(values))
+    new = {f"new_{name}": value for name, value in values.items()}
+    await connection.execute(_change_of(*values), _this(chunk) | new)
+
+
+@cache
+def _change_of(*names: str) -> sa.Update:
+    return sa.update(chunks).where(THIS).values({name: given(f"new_{name}") for name in names})
 
 
 async def _move_lines(
@@ -204,28 +249,44 @@ async def _move_lines(
     started_s: float | None = None,
 ) -> None:
     """Moves lines between the counters of the chunk's model."""
-    counts, model = batch_models.c, (chunks.c.batch_id == chunk.batch_id) & (chunks.c.model == chunk.model)
-    values: dict[str, Any] = {"leased_lines": counts.leased_lines + leased, "done_lines": counts.done_lines + done}
+    moved: dict[str, Any] = {"of_batch": chunk.batch_id, "of_model": chunk.model, "leased": leased, "done": done}
+    moved |= {"queued": queued} if queued else {}
+    moved |= {"now_s": started_s} if started_s is not None else {}
+    await connection.execute(_move_of(queued != 0, started_s is not None), moved)
+
+
+@cache
+def _move_of(queued: bool, started: bool) -> sa.Update:
+    counts = batch_models.c
+    values = {"leased_lines": counts.leased_lines + given("leased"), "done_lines": counts.done_lines + given("done")}
     if queued:
-        following = sa.select(chunks.c.prefix).where(model, UNDONE, QUEUED).order_by(chunks.c.number).limit(1)
-        values["queued_lines"] = counts.queued_lines + queued
-        values["next_prefix"] = sa.func.coalesce(following.scalar_subquery(), counts.next_prefix)
-    if started_s is not None:
-        values["started_s"] = sa.func.coalesce(counts.started_s, started_s)
-    this = (counts.batch_id == chunk.batch_id) & (counts.model == chunk.model)
-    await connection.execute(sa.update(batch_models).where(this).values(values))
+        values["queued_lines"] = counts.queued_lines + given("queued")
+        values["next_prefix"] = sa.func.coalesce(FOLLOWING, counts.next_prefix)
+    if started:
+        values["started_s"] = sa.func.coalesce(counts.started_s, given("now_s", type_=sa.Double))
+    this = (counts.batch_id == given("of_batch")) & (counts.model == given("of_model"))
+    return sa.update(batch_models).where(this).values(values)
 
 
 async def _count_batch(connection: AsyncConnection, batch_id: str, new: Sequence[Result], now_s: float) -> None:
-    """Adds new results to the batch; the last line decides its end."""
+    """Adds new results to the batch; the last line decides its end: past the deadline, with failed ones, it expired."""
     completed = sum(result.ok for result in new)
     usage = sum((result.usage for result in new), Usage())
     counts = {"completed": completed, "failed": len(new) - completed, **to_row(usage)}
-    values: dict[str, Any] = {name: batches.c[name] + count for name, count in counts.items()}
-    last = RUNS & (batches.c.completed + batches.c.failed + len(new) >= batches.c.total)
-    for name, end in {"status": "finalizing", "ending": "completed", "finalizing_s": now_s}.items():
-        values[name] = sa.case((last, end), else_=batches.c[name])
-    await connection.execute(sa.update(batches).where(batches.c.id == batch_id).values(values))
+    more = {f"more_{name}": count for name, count in counts.items()}
+    await connection.execute(_count(), {"of_batch": batch_id, "lines": len(new), "now_s": now_s, **more})
+
+
+@cache
+def _count() -> sa.Update:
+    values: dict[str, Any] = {name: batches.c[name] + given(f"more_{name}") for name in ("completed", "failed", *USAGE)}
+    last = RUNS & (batches.c.completed + batches.c.failed + given("lines") >= batches.c.total)
+    late = (batches.c.deadline_s <= given("now_s")) & (batches.c.failed + given("more_failed") > 0)
+    in_time = last & ~late
+    ends = [("status", in_time, "finalizing"), ("finalizing_s", in_time, given("now_s", type_=sa.Double))]
+    values |= {name: sa.case((when, end), else_=batches.c[name]) for name, when, end in ends}
+    values["ending"] = sa.case((in_time, "completed"), (last, "expired"), else_=batches.c.ending)
+    return sa.update(batches).where(batches.c.id == given("of_batch")).values(values)
 
 
 def _result_row(result: Result) -> dict[str, Any]:

@@ -54,6 +54,10 @@ class FinalizerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     output_expires_s: float = OUTPUT_EXPIRES_S
     webhooks: tuple[str, ...] = ()
 
+    def check(self) -> None:
+        if self.output_expires_s <= 0:
+            raise ValueError(f"outputExpiresS must be above 0, not {self.output_expires_s}")
+
 
 class Finalizer:
     """``step`` takes one batch to its terminal status; it is called again and again."""

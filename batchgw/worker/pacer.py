@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from batchgw.client.requests import Flight
@@ -17,6 +17,36 @@ class Start(NamedTuple):
 
     position: int
     endpoint: str = ANYWHERE
+
+
+class Window(Protocol):
+    """A congestion window."""
+
+    window: float
+    increases: int
+
+    @property
+    def decreases(self) -> Mapping[str, int]:
+        """By the status that made them."""
+
+
+class Standing(NamedTuple):
+    """How one of those who hold lines back stands, for metrics. ``source``: the model of a gate, or the address of a
+    scheduler. ``held`` is why nothing starts, in one word of HELD; ``room`` lines might have started when it was last
+    asked. ``budget`` is a gate's share, ``heard_s`` the age of a scheduler's last word."""
+
+    source: str
+    held: str
+    in_flight: int
+    most: int
+    room: int
+    budget: float | None = None
+    heard_s: float | None = None
+    windows: Sequence[Window] = ()
+
+
+HELD = ("opening", "closed", "unheard")
+"""A gate that has no reading yet, one without budget, a scheduler that is silent or cannot be reached."""
 
 
 class Pacer(Protocol):
@@ -51,6 +81,8 @@ class Pacer(Protocol):
     def aborts(self, model: str) -> Collection[str]:
         """Keys of lines in flight that are to be cut now and go on later; asked after each ``changed``."""
 
+    def standings(self) -> Sequence[Standing]: ...
+
 
 class Gate(Protocol):
     """What a ``batchgw.gates`` gate gives to a pacer."""
@@ -58,6 +90,12 @@ class Gate(Protocol):
     async def open(self) -> None: ...
 
     async def close(self) -> None: ...
+
+    def budget(self) -> float:
+        """Share of the concurrency, in [0, 1]."""
+
+    def windows(self) -> Sequence[Window]:
+        """Congestion windows in it."""
 
     def room(self, max_concurrency: int, in_flight: int) -> int:
         """Lines that may start now."""
@@ -85,6 +123,7 @@ class GatePacer:
         self._gates: dict[str, Gate] = {}
         self._opening: dict[str, asyncio.Task[None]] = {}
         self._in_flight: dict[str, int] = defaultdict(int)
+        self._room: dict[str, int] = {}
 
     async def open(self) -> None:
         """Gates open when they are first needed."""
@@ -100,8 +139,10 @@ class GatePacer:
         in_flight = self._in_flight[model]
         most = min(self._per_model - in_flight, self._total - sum(self._in_flight.values()), len(waiting))
         if most <= 0 or not self._is_open(model):
+            self._room[model] = 0
             return ()
-        return [Start(i) for i in range(min(most, gate.room(self._per_model, in_flight)))]
+        self._room[model] = room = gate.room(self._per_model, in_flight)
+        return [Start(i) for i in range(min(most, room))]
 
     async def admit(self, flight: Flight) -> bool:
         return await self._gate(flight.call.model).admit(flight.key, flight.call.tenant)
@@ -121,6 +162,16 @@ class GatePacer:
 
     def aborts(self, model: str) -> Collection[str]:
         return ()
+
+    def standings(self) -> Sequence[Standing]:
+        return [self._standing(model, gate) for model, gate in self._gates.items()]
+
+    def _standing(self, model: str, gate: Gate) -> Standing:
+        budget = gate.budget()
+        in_flight, room = self._in_flight[model], max(0, self._room.get(model, 0))
+        full = in_flight > 0  # with nothing in flight, it is not our own lines that took the budget
+        held = "opening" if not self._is_open(model) else "closed" if budget <= 0 and not full else ""
+        return Standing(model, held, in_flight, self._per_model, room, budget=budget, windows=gate.windows())
 
     def _gate(self, model: str) -> Gate:
         gate = self._gates.get(model)

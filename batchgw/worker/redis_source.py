@@ -166,7 +166,7 @@ class RedisSource:
             await asyncio.gather(*self._running, return_exceptions=True)
 
     async def _again(self, step: Callable[[], Any], every_s: float) -> None:
-        while True:
+        while not _cancelled():
             try:
                 await step()
             except Exception as e:  # whatever Redis is out of, the next round may find it well
@@ -222,7 +222,7 @@ class RedisSource:
             self._waiting.append((flight, raw, queue))
             return
         made = answer(flight.call.custom_id, result)
-        while True:
+        while not _cancelled():
             try:
                 await self._push(raw, made, queue)
                 return
@@ -251,6 +251,12 @@ class RedisSource:
                 steps.zadd(self._settings.requests, {raw: _deadline(raw)})
                 steps.zrem(self._taken, raw)
                 await steps.execute()
+
+
+def _cancelled() -> bool:
+    """Also when whoever was waited for swallowed it: ``asyncio.wait_for`` of Python 3.11 does, now and then."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _deadline(raw: bytes) -> float:

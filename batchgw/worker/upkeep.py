@@ -7,6 +7,7 @@ work counts.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -63,9 +64,10 @@ class Upkeep:
         self._store, self._blobs, self._inputs, self._leases = store, blobs, inputs, leases
         self._finalizer, self._metrics, self._teller = finalizer, metrics, teller
         self._settings, self._clock = settings or UpkeepSettings(), clock
+        self._stop = asyncio.Event()
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Until ``stop``; cancelled in the middle of a chore, it leaves what it held to run out."""
         look_s, collect_s = self._settings.look_s, self._settings.collect_s
         chores = [(self.plan, look_s), (self.expire, look_s), (self._finalizer.step, look_s), (self.collect, collect_s)]
         if self._teller is not None:
@@ -74,16 +76,22 @@ class Upkeep:
             for chore, every_s in chores:
                 group.create_task(self._again(chore, every_s))
 
+    def stop(self) -> None:
+        """Each chore ends what it has begun."""
+        self._stop.set()
+
     async def _again(self, chore: Chore, every_s: float) -> None:
         """A chore that did something is asked again at once."""
-        while True:
+        while not self._stop.is_set():
             did = False
             try:
                 did = await chore()
             except (StoreUnavailable, BlobError, TimeoutError) as e:
                 log.warning("%s: %s: %s", chore.__qualname__, type(e).__name__, e)
             if not did:
-                await asyncio.sleep(every_s)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(every_s):
+                        await self._stop.wait()
 
     async def plan(self) -> bool:
         """Starts (or fails) one validating batch. Raises StoreUnavailable."""

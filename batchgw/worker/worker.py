@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -23,6 +23,7 @@ from batchgw.planner import Planner
 from batchgw.records import Claim, LineError, Result
 from batchgw.store.base import LeaseLost, Store, StoreUnavailable
 from batchgw.worker.buffer import Buffer, Held
+from batchgw.worker.gauges import View
 from batchgw.worker.inputs import Inputs
 from batchgw.worker.leases import Leases
 from batchgw.worker.metrics import Metrics
@@ -80,11 +81,18 @@ class Worker:
         """Finished lines that are not written."""
         self._looked_s = float("-inf")
         self._hungry, self._full, self._stop = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self.metrics.watch(lambda: (self.planner.rows(), self.planner.slacks(self._clock())))
+        self.metrics.watch(self._view)
 
     @property
     def in_flight(self) -> int:
         return sum(map(len, self._running.values()))
+
+    def _view(self) -> View:
+        """For metrics, when they are asked for."""
+        rows, now_s = self.planner.rows(), self._clock()
+        flights = Counter((model, flight.endpoint) for model, of in self._running.items() for flight in of)
+        speeds = {row.model: self.planner.speeds.lines_s(row.model) for row in rows}
+        return View(rows, self.planner.slacks(now_s), speeds, flights, self._kept, self._pacer.standings())
 
     async def run(self) -> None:
         await self._pacer.open()
@@ -154,6 +162,8 @@ class Worker:
             if older.claim.batch.id == claim.batch.id:
                 self._drop(older)  # our own lease on it ran out unheard
         held = Held(claim)
+        if claim.chunk.attempts:
+            self.metrics.recoveries.labels("in_progress", "resumed").inc()
         self._held.add(held)
         self._leases.hold(claim, lost=lambda: self._drop(held), ended=lambda: self._end(held))
         try:
@@ -203,7 +213,7 @@ class Worker:
         keys = set(self._pacer.aborts(model))
         for flight, held in list(running.items()) if keys else ():
             if flight.key in keys:
-                self.metrics.aborts.labels(model).inc()
+                self.metrics.aborted(flight)
                 held.flights[flight].cancel()
 
     def _start(self, model: str) -> None:
@@ -250,12 +260,12 @@ class Worker:
             self._pacer.changed.set()
 
     def tokens(self, flight: Flight, count: int) -> None:
-        self.metrics.harvested.labels(flight.call.model).inc(count)
+        self.metrics.came(flight.call.model, count)
         self._pacer.tokens(flight, count)
 
     def answered(self, flight: Flight, status: int | None, reason: str, retry_after_s: float | None) -> None:
         if status is None or status >= 400:
-            self.metrics.refusals.labels(flight.call.model, str(status or "none"), reason).inc()
+            self.metrics.refused(flight, status, reason)
         self._pacer.answered(flight, status, reason, retry_after_s)
 
     # Writing

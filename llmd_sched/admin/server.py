@@ -15,7 +15,7 @@ import asyncio
 import datetime
 import logging
 import ssl
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import AsyncExitStack
 from typing import Any, cast
 
@@ -60,7 +60,7 @@ class AdminServer:
     ``ssl_context`` None serves plain HTTP.
 
     ``states`` is called on the event loop and returns ``{name: {"type": ..., "state" or "message": ...}}``. ``routes``
-    are more GET handlers by path, behind the same authorization.
+    are more GET handlers by path, behind the same authorization; those in ``patient`` bound their time themselves.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class AdminServer:
         states: Callable[[], Mapping[str, Any]] = dict,
         authorize: Authorize | None = None,
         routes: Mapping[str, Route] | None = None,
+        patient: Collection[str] = (),
         ssl_context: ssl.SSLContext | None = None,
         request_s: float = REQUEST_S,
     ) -> None:
@@ -79,6 +80,7 @@ class AdminServer:
         self._authorize = authorize
         self._ssl = ssl_context
         self._request_s = request_s
+        self._patient = frozenset(patient)
         self._page = MetricsPage(page)
         self._telling = asyncio.Lock()
         self._stack = AsyncExitStack()
@@ -137,7 +139,7 @@ class AdminServer:
         """Within the time limit: whether it may, the answer, and its way to the client."""
         response: web.StreamResponse = _text(503, f"not answered within {self._request_s:g} s")
         try:
-            async with asyncio.timeout(self._request_s):
+            async with asyncio.timeout(None if request.path in self._patient else self._request_s):
                 response = await self._answer(request, handler)
                 await response.prepare(request)
                 await response.write_eof()

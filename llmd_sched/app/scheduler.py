@@ -30,6 +30,8 @@ from llmd_sched.admin.decisions import Decisions
 from llmd_sched.admin.server import AdminServer
 from llmd_sched.app import gauges
 from llmd_sched.app.admission import FlowMetrics, flow_gate, shedding
+from llmd_sched.app.headroom import PATH as HEADROOM
+from llmd_sched.app.headroom import headroom_feed
 from llmd_sched.app.health import Health
 from llmd_sched.app.settings import MIN_SCRAPE_INTERVAL_S, ServeSettings
 from llmd_sched.app.source import source
@@ -88,6 +90,7 @@ class Scheduler:
         self.source = source(self.resolved, settings, self.pool)
         self.health = Health(electing=self.source.electing)
         self.decisions = Decisions()
+        self.headroom = headroom_feed(self.router, lambda: self.source.leading)
         self.reading = reading(self.resolved.kind(Plugin))
         self.subscribers: list[Subscribers] = []
         self.trainers: list[tuple[PredictedLatency, TrainerProcess]] = []
@@ -260,9 +263,13 @@ class Scheduler:
             decisions=self.decisions,
             states=self._plugin_states,
             authorize=self._authorize(),
+            routes={HEADROOM: self.headroom.answer},
+            patient=(HEADROOM,),
             ssl_context=context,
         )
         self._stack.push_async_callback(admin.stop)
+        self.headroom.start()
+        self._stack.push_async_callback(self.headroom.stop)
         try:
             await admin.start(settings.host, settings.metrics_port)
         except OSError as error:

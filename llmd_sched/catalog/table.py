@@ -6,6 +6,8 @@ from llmd_sched.flow.limits import LIMITS
 from llmd_sched.flow.policy import ORDERING
 from llmd_sched.flow.program import FAIRNESS
 from llmd_sched.flow.saturation import DETECTORS
+from llmd_sched.headroom.producer import BatchHeadroomProducer
+from llmd_sched.headroom.routing import BatchHeadroomFilter
 from llmd_sched.parsers.producer import TokenProducer
 from llmd_sched.parsers.registry import PARSERS
 from llmd_sched.plugin import Filter, Picker, Plugin, ProducerPlugin, Scorer
@@ -35,12 +37,14 @@ from llmd_sched.sched.testing import HeaderBasedTestingFilter
 
 PRODUCERS: dict[str, type[ProducerPlugin]] = {
     "approx-prefix-cache-producer": ApproxPrefixCacheProducer,
+    "batch-headroom-producer": BatchHeadroomProducer,
     "inflight-load-producer": InFlightLoadProducer,
     "mm-embeddings-cache-producer": MmEmbeddingsCacheProducer,
     "precise-prefix-cache-producer": PrecisePrefixCacheProducer,
     "predicted-latency-producer": PredictedLatencyProducer,
 }
 MORE_FILTERS: dict[str, type[Filter]] = {
+    "batch-headroom-filter": BatchHeadroomFilter,
     "by-label-selector": LabelSelectorFilter,
     "endpoint-attribute-filter": EndpointAttributeFilter,
     "header-based-testing-filter": HeaderBasedTestingFilter,

@@ -30,6 +30,9 @@ SMOOTH_SHARE = 0.1
 CARRY_SHARE = 0.8
 """Interactive requests are put together while their steps stay within this share of the bound."""
 
+BATCH_WITHIN_S = 60.0
+"""Without batch for so long, interactive requests have all endpoints."""
+
 SHRINK_AFTER_S = 5.0
 """Fewer endpoints must have sufficed for so long before fewer are used."""
 
@@ -58,6 +61,8 @@ class HeadroomBoard:
         """When as many as there are were needed last."""
         self._burst_s = -math.inf
         """When there was a burst last."""
+        self._batch_s = -math.inf
+        """When there was batch last."""
 
     @property
     def mode(self) -> Mode:
@@ -70,6 +75,12 @@ class HeadroomBoard:
             for name, (model, kv_tokens) in endpoints.items()
         }
         self._carriers = {name: at_s for name, at_s in self._carriers.items() if name in self.loads}
+
+    def engine_has(self, endpoint: str, requests: float, now_s: float) -> None:
+        """Optional: what the engine itself says it holds, waiting ones included."""
+        load = self.loads.get(endpoint)
+        if load is not None:
+            load.engine_has(requests, now_s)
 
     def arrived(
         self,
@@ -101,6 +112,11 @@ class HeadroomBoard:
             load.advance(now_s)
             load.first_token(flight, now_s)
 
+    def first_token_due_s(self, ticket: str) -> float:
+        """How long it takes to compute its prompt and those that were there before, from now; 0 when not known."""
+        known = self._flights.get(ticket)
+        return known[0].prefill_s() if known is not None else 0.0
+
     def tokens(self, ticket: str, count: int, now_s: float) -> None:
         """``count`` further tokens since the last report. Optional: it only calibrates sooner."""
         known = self._flights.get(ticket)
@@ -109,13 +125,16 @@ class HeadroomBoard:
             load.advance(now_s)
             load.tokens(flight, count, now_s)
 
-    def finished(self, ticket: str, now_s: float, output_tokens: int | None = None) -> None:
-        """Ended, however; ``output_tokens`` where it ended well."""
+    def finished(
+        self, ticket: str, now_s: float, output_tokens: int | None = None, decode_s: float | None = None
+    ) -> None:
+        """Ended, however; ``output_tokens`` where it ended well, ``decode_s`` where it was measured how long those
+        after the first took: else the reports of the first token and of the end are believed."""
         known = self._flights.pop(ticket, None)
         if known is not None:
             load, flight = known
             load.advance(now_s)
-            load.ended(flight, output_tokens, now_s)
+            load.ended(flight, output_tokens, now_s, decode_s)
             self._interactive -= not flight.batch
 
     def look(self, now_s: float) -> PoolHeadroom:
@@ -150,7 +169,7 @@ class HeadroomBoard:
         if self.detector.on:
             relative_s = (1 + self.settings.burst_share) * load.step_without_batch_s()
             return relative_s if self.settings.mode == "harvest" else min(relative_s, bound_s)
-        free = name not in self._carriers and not load.interactive.running
+        free = name not in self._carriers and not load.interactive.running and not load.unseen
         return math.inf if self.settings.mode == "harvest" or free else bound_s
 
     def _headroom(self, name: str, load: EndpointLoad) -> Headroom:
@@ -180,7 +199,10 @@ class HeadroomBoard:
     def _choose_carriers(self, now_s: float) -> None:
         """More at once when they are needed; fewer after a while, or as a burst runs out."""
         names = list(self.loads)
-        needed = len(names) if self.detector.on or not self.settings.consolidate else self._needed()
+        if any(load.batch.running for load in self.loads.values()):
+            self._batch_s = now_s
+        together = self.settings.consolidate and now_s - self._batch_s < BATCH_WITHIN_S
+        needed = self._needed() if together and not self.detector.on else len(names)
         if self.detector.on:
             self._burst_s = now_s
         if needed >= len(self._carriers):

@@ -18,6 +18,11 @@ SAMPLE_TOKENS = 16
 MAX_PREFILL_SHARE = 0.9
 """Of an engine's time spent on interactive prompts; beyond this it is overloaded whatever batch does."""
 
+UNSEEN_AFTER_S = 2.0
+"""Requests that we did not send are believed in when an engine has shown them for so long: what it tells is late."""
+
+UNSEEN_CONTEXT_TOKENS = 1000.0
+
 LENGTHS_MEMORY = 0.995
 """Weight of a finished batch request when the next one ends."""
 
@@ -80,10 +85,18 @@ class EndpointLoad:
         self.prompt_tokens_per_s = 0.0
         self.batch_prompt_tokens = 1500.0
         self.batch_output_tokens = 500.0
+        self.outstanding_tokens = 0
+        """To be computed of prompts whose first token has not come."""
         self._steps = 0.0
         self._load = 0.0
         """Integral of the load (seconds, by the prior coefficients) over the steps."""
         self._prefilled = 0.0
+        self.unseen = 0.0
+        """Requests on the engine that nobody told us of: from before a restart, or of another router."""
+        self._least_unseen = math.inf, math.inf
+        """In the period that runs, and in the one before."""
+        self._period_s = -math.inf
+        """When it began."""
         self._at_s: float | None = None
         self._sampled_s = -math.inf
 
@@ -109,32 +122,51 @@ class EndpointLoad:
 
     def without_batch(self) -> tuple[float, float]:
         """N0 and C0: by Little's law, steps r times as long have r times as many requests in flight."""
-        side = self.interactive
-        return side.running / self.stretch, side.context_tokens(self._steps) / self.stretch
+        side, unseen = self.interactive, self.unseen
+        context_tokens = side.context_tokens(self._steps) / self.stretch
+        return side.running / self.stretch + unseen, context_tokens + unseen * UNSEEN_CONTEXT_TOKENS
 
     def decoding(self) -> tuple[float, float]:
         """Sequences that decode now, batch and interactive, and their context."""
-        sides = (self.interactive, self.batch)
-        return sum(side.decoding for side in sides), sum(side.context_tokens(self._steps) for side in sides)
+        one, other, steps, unseen = self.interactive, self.batch, self._steps, self.unseen
+        context_tokens = one.context_tokens(steps) + other.context_tokens(steps)
+        return one.decoding + other.decoding + unseen, context_tokens + unseen * UNSEEN_CONTEXT_TOKENS
+
+    def engine_has(self, requests: float, now_s: float) -> None:
+        """What the engine itself says it holds. More than we sent, all the time, are another's: interactive ones."""
+        if now_s - self._period_s >= UNSEEN_AFTER_S:
+            self._least_unseen = math.inf, self._least_unseen[0]
+            self._period_s = now_s
+        least, before = self._least_unseen
+        least = min(least, max(0.0, requests - self.interactive.running - self.batch.running))
+        self._least_unseen = least, before
+        self.unseen = min(least, before)
 
     def step_without_batch_s(self) -> float:
         """T0."""
         return (self.model.base_s + self.model.load_s(*self.without_batch())) / (1 - self.prefill_share)
 
+    def prefill_s(self) -> float:
+        """Until all prompts without a first token are computed: in one step after the one under way."""
+        steps_s = self.model.base_s + self.model.load_s(*self.decoding())
+        return 1.5 * steps_s + self.model.prefill_token_s * self.outstanding_tokens
+
     def advance(self, now_s: float) -> None:
         """Time passes; to be called before each event and a few times a second."""
-        dt_s = 0.0 if self._at_s is None else max(0.0, now_s - self._at_s)
+        dt_s = 0.0 if self._at_s is None else now_s - self._at_s
         self._at_s = now_s
-        decay = math.exp(-dt_s / RATE_TAU_S)
-        self.arrivals_per_s *= decay
-        self.prompt_tokens_per_s *= decay
-        self._step(dt_s)
-        self._stretch(dt_s)
+        if dt_s > 0:
+            decay = math.exp(-dt_s / RATE_TAU_S)
+            self.arrivals_per_s *= decay
+            self.prompt_tokens_per_s *= decay
+            self._step(dt_s)
+            self._stretch(dt_s)
 
     def arrived(self, flight: Flight) -> None:
         side = self._side(flight)
         side.running += 1
         side.prompt_tokens += flight.prompt_tokens
+        self.outstanding_tokens += flight.compute_tokens
         if not flight.batch:
             self.arrivals_per_s += 1 / RATE_TAU_S
             self.prompt_tokens_per_s += flight.compute_tokens / RATE_TAU_S
@@ -144,6 +176,7 @@ class EndpointLoad:
         if flight.started is not None:
             return
         self._prefilled += flight.compute_tokens
+        self.outstanding_tokens -= flight.compute_tokens
         self._step(-self.model.prefill_token_s * flight.compute_tokens)
         side = self._side(flight)
         side.decoding += 1
@@ -151,24 +184,26 @@ class EndpointLoad:
         flight.started = self._steps
         self._mark(flight, now_s)
 
-    def tokens(self, flight: Flight, count: int, now_s: float) -> None:
-        """``count`` more tokens have come out since the last report: a sample for the calibration."""
+    def tokens(self, flight: Flight, count: int, now_s: float, took_s: float | None = None) -> None:
+        """``count`` more tokens have come out since the last report, in ``took_s`` where that is known better: a sample
+        for the calibration."""
         flight.tokens += count
         steps = self._steps - flight.steps
         if flight.started is None or count < SAMPLE_TOKENS or steps <= 0:
             return
         if now_s - self._sampled_s >= SAMPLE_EVERY_S:
             prefill_s = self.model.prefill_token_s * (self._prefilled - flight.prefilled)
-            gap_s = (now_s - flight.mark_s - prefill_s) / count
+            gap_s = ((now_s - flight.mark_s if took_s is None else took_s) - prefill_s) / count
             if gap_s > 0:
                 self.calibration.observe(gap_s, max(0.0, (self._load - flight.load) / steps))
                 self._sampled_s = now_s
         self._mark(flight, now_s)
 
-    def ended(self, flight: Flight, output_tokens: int | None, now_s: float) -> None:
+    def ended(self, flight: Flight, output_tokens: int | None, now_s: float, decode_s: float | None = None) -> None:
         """``output_tokens`` is None when it was aborted, or when nobody counted them."""
         if output_tokens is not None:
-            self.tokens(flight, output_tokens - 1 - flight.tokens, now_s)
+            took_s = None if flight.tokens else decode_s
+            self.tokens(flight, output_tokens - 1 - flight.tokens, now_s, took_s)
             if flight.batch:
                 fresh = 1 - LENGTHS_MEMORY
                 self.batch_prompt_tokens += fresh * (flight.prompt_tokens - self.batch_prompt_tokens)
@@ -179,6 +214,8 @@ class EndpointLoad:
         if flight.started is not None:
             side.decoding -= 1
             side.started -= flight.started
+        else:
+            self.outstanding_tokens -= flight.compute_tokens
 
     def _side(self, flight: Flight) -> Side:
         return self.batch if flight.batch else self.interactive
@@ -195,8 +232,9 @@ class EndpointLoad:
         self._load += steps * self.calibration.prior.load_s(sequences, context)
 
     def _stretch(self, dt_s: float) -> None:
-        side = self.interactive
-        now_s = self.model.base_s + self.model.load_s(side.running, side.context_tokens(self._steps))
-        alone_s = self.model.base_s + self.model.load_s(*self.without_batch())
-        ratio = (now_s + self.batch.running * self.batch_sequence_s) / alone_s
+        side, base_s = self.interactive, self.model.base_s
+        interactive_s = self.model.load_s(side.running, side.context_tokens(self._steps))
+        alone_s = base_s + interactive_s / self.stretch
+        batch_s = self.batch.running * self.batch_sequence_s if self.batch.running else 0.0
+        ratio = (base_s + interactive_s + batch_s) / alone_s
         self.stretch += (min(max(ratio, 1.0), MAX_STRETCH) - self.stretch) * -math.expm1(-dt_s / STRETCH_TAU_S)

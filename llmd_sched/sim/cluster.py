@@ -1,6 +1,6 @@
 """A cluster in virtual time: engines as step machines behind the very router that serves.
 
-    arrival -> flow gate, if on -> Router.choose -> engine steps -> first token, end -> Router.finish -> Sample -> trainer -> next model
+    arrival -> flow gate, if on -> Router.choose -> engine -> first token, end -> Router.finish -> Sample -> trainer
 
 All that happens is an entry of one heap, in the order of time, then kind (``_Order``), then age, and all randomness
 is seeded. So a run is a function of the spec and the arrivals, and two runs agree bit by bit.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from llmd_sched.sim.steptime import PRESETS
 from llmd_sched.stack import StackError, envoy_binary
 
 PATIENCE_S = 60.0
@@ -120,6 +122,33 @@ def test_a_short_run_reports_and_exits_0(tmp_path: Path) -> None:
     assert figures.stat().st_size
     assert not running.left()
     assert not list((tmp_path / "tmp").iterdir()), "temporary files are removed after success"
+
+
+def test_a_batch_runs_beside_the_load_and_its_gateway_ends_with_the_rest(tmp_path: Path) -> None:
+    with up(tmp_path, "--batch", "--duration", "600", "--engines", "2", "--rate", "5") as running:
+        running.until(lambda: "batch API: " in running.text)
+        address = re.search(
+            r"batch API: (http://127\.0\.0\.1:\d+)/v1, held back by the scheduler's headroom", running.text
+        )
+        assert address, running.text
+        requests = tmp_path / "requests.jsonl"
+        body = {"model": PRESETS["llama-3-8b-h100"].model, "max_tokens": 5}
+        asked = {"method": "POST", "url": "/v1/completions"}
+        lines = [{"custom_id": f"c{i}", **asked, "body": {**body, "prompt": f"line {i}"}} for i in range(20)]
+        requests.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        command = ["submit", str(requests), "--wait", "--base-url", address[1]]
+        submit = subprocess.run(
+            [sys.executable, "-m", "batchgw", *command], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        )
+        assert submit.returncode == 0, submit.stdout + submit.stderr
+        assert "completed: 20 of 20 lines answered, 0 failed" in submit.stdout
+        assert "batchgw" in running.look()
+        running.interrupt()
+        status = running.wait()
+        text = running.text
+    assert status == 0, text
+    assert not running.left()
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 def test_an_interrupt_in_mid_run_still_reports_and_leaves_no_process(tmp_path: Path) -> None:

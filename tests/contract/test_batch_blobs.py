@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -61,6 +62,25 @@ async def test_what_was_put_is_read_whole_in_ranges_and_from_the_middle(blobs: B
     assert await read(blobs, name, 3, 8) == b"lo wo"
     assert await blobs.get_range(name, 6, 11) == b"world"
     assert await blobs.get_ranges(name, [(6, 11), (0, 5)]) == [b"world", b"hello"]
+
+
+async def test_what_was_written_before_a_time_is_listed_and_nothing_younger(blobs: Blobs) -> None:
+    names = {key("ada", f"file-{n}.jsonl") for n in range(3)}
+    for name in names:
+        await blobs.put(name, pieces(b"x"), 10)
+    assert {name async for page in blobs.older(time.time() + 60) for name in page} == names
+    assert [page async for page in blobs.older(time.time() - 60) if page] == []
+
+
+async def test_parts_of_a_cut_upload_are_removed_from_a_folder_and_whole_files_are_not(tmp_path: Path) -> None:
+    blobs, name = Blobs.open(str(tmp_path / "blobs")), key("ada", "file-1.jsonl")
+    await blobs.put(name, pieces(b"x"), 10)
+    cut = tmp_path / "blobs" / f"{name}#1"
+    cut.write_bytes(b"half")
+    assert await blobs.remove_cut(time.time() - 60) == 0
+    assert await blobs.remove_cut(time.time() + 60) == 1
+    assert not cut.exists()
+    assert await read(blobs, name) == b"x"
 
 
 async def test_a_blob_of_several_parts_is_put_together_in_order(blobs: Blobs) -> None:

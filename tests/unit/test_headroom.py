@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from llmd_sched.config import convert
-from llmd_sched.headroom.board import HAND_OVER_S, SHRINK_AFTER_S, HeadroomBoard
+from llmd_sched.headroom.board import BATCH_WITHIN_S, HAND_OVER_S, SHRINK_AFTER_S, HeadroomBoard
 from llmd_sched.headroom.burst import BurstDetector
 from llmd_sched.headroom.law import HeadroomSettings, prefill_allowance, prefill_rate, target
 from llmd_sched.headroom.load import EndpointLoad, Flight
@@ -28,6 +28,13 @@ def load() -> EndpointLoad:
 def board(endpoints: int = 1, **settings: object) -> HeadroomBoard:
     made = HeadroomBoard(HeadroomSettings(**settings))  # type: ignore[arg-type]
     made.endpoints_changed({f"e{n}": (STEP, KV_TOKENS) for n in range(endpoints)})
+    return made
+
+
+def with_batch(endpoints: int, **settings: object) -> HeadroomBoard:
+    """One batch request runs on the last endpoint, so that there is a reason to keep engines free."""
+    made = board(endpoints, **settings)
+    made.arrived("line", f"e{endpoints - 1}", 10, 0.0, batch=True)
     return made
 
 
@@ -261,7 +268,7 @@ def test_without_a_bound_protect_learns_what_bursts_look_like() -> None:
 
 
 def test_interactive_requests_share_few_endpoints_while_few_suffice() -> None:
-    made = board(4, itl_ms=12.0)
+    made = with_batch(4, itl_ms=12.0)
     news = made.look(0.0)
     assert news.carriers == ("e0",)
     made.arrived("one", "e0", 500, 0.1)
@@ -269,8 +276,20 @@ def test_interactive_requests_share_few_endpoints_while_few_suffice() -> None:
     assert [one.step_budget_ms for one in news.endpoints] == [12.0, None, None, None]
 
 
+def test_without_batch_interactive_requests_have_all_endpoints() -> None:
+    made = board(4, itl_ms=12.0)
+    assert len(made.look(0.0).carriers) == 4
+    made.arrived("line", "e3", 10, 1.0, batch=True)
+    assert len(made.look(1.0).carriers) == 4
+    assert len(made.look(1.0 + SHRINK_AFTER_S).carriers) == 1
+    made.finished("line", 10.0)
+    made.look(10.0)
+    assert len(made.look(10.0 + BATCH_WITHIN_S - 4.1).carriers) == 1
+    assert len(made.look(10.0 + BATCH_WITHIN_S).carriers) == 4
+
+
 def test_an_onset_hands_over_first_to_endpoints_that_are_rid_of_their_batch() -> None:
-    made = board(2, itl_ms=12.0)
+    made = with_batch(2, itl_ms=12.0)
     made.look(0.0)
     for number in range(100):
         made.arrived(f"batch {number}", "e1", 1500, 1.0, batch=True)
@@ -280,7 +299,7 @@ def test_an_onset_hands_over_first_to_endpoints_that_are_rid_of_their_batch() ->
 
 
 def test_an_endpoint_without_batch_carries_at_once() -> None:
-    made = board(2, itl_ms=12.0)
+    made = with_batch(2, itl_ms=12.0)
     made.look(0.0)
     for number in range(100):
         made.arrived(f"batch {number}", "e1", 1500, 1.0, batch=True)
@@ -291,7 +310,7 @@ def test_an_endpoint_without_batch_carries_at_once() -> None:
 
 
 def test_a_burst_that_is_over_needs_its_endpoints_no_longer() -> None:
-    made = board(2, itl_ms=12.0)
+    made = with_batch(2, itl_ms=12.0)
     assert len(burst(made, 10.0).carriers) == 2
     for number in range(30):
         made.finished(f"e0 10.0 {number}", 12.0)
@@ -300,7 +319,7 @@ def test_a_burst_that_is_over_needs_its_endpoints_no_longer() -> None:
 
 
 def test_else_fewer_must_have_sufficed_for_a_while() -> None:
-    made = board(2, itl_ms=9.2)
+    made = with_batch(2, itl_ms=9.2)
     for number in range(15):  # too few to be a burst, too many for one endpoint
         made.arrived(f"x {number}", "e0", 500, number / 3)
     assert len(made.look(5.0).carriers) == 2

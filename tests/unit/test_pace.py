@@ -17,6 +17,7 @@ from batchgw.pace import (
     Mode,
     Pace,
     PoolHeadroom,
+    Share,
     Start,
     Waiting,
 )
@@ -226,3 +227,45 @@ def test_a_line_is_in_flight_once() -> None:
 def test_a_fixed_cap_is_not_negative() -> None:
     with pytest.raises(ValueError, match="0 or more"):
         FixedCap(lines=-1)
+
+
+@pytest.mark.parametrize("of", [1, 2, 3, 7])
+@pytest.mark.parametrize("n_star", [0, 1, 5, 100])
+def test_shares_together_are_the_whole_and_nobody_is_always_the_one_with_less(of: int, n_star: int) -> None:
+    (whole,) = news(n_star, per_s=70.0).endpoints
+    parts = [[Share(number=number, of=of).part(whole, endpoint) for number in range(of)] for endpoint in range(2 * of)]
+    for one in parts:
+        assert sum(part.n_star for part in one) == n_star
+        assert sum(part.prefill_tokens_per_s or 0 for part in one) == pytest.approx(70.0)
+        assert sum(part.prefill_tokens for part in one) <= whole.prefill_tokens
+    assert len({sum(one[number].n_star for one in parts) for number in range(of)}) == 1
+
+
+def test_of_several_workers_each_fills_its_share() -> None:
+    pace = Pace()
+    pace.share = Share(number=1, of=2)
+    pace.hear(news(n_star=3, names=("a", "b")), 0.0)
+    chosen = pace.starts(lines(*[1] * 9), 0.0)
+    assert [start.endpoint for start in chosen] == ["a", "b", "b"]
+
+
+@pytest.mark.parametrize(("number", "of"), [(-1, 1), (1, 1), (2, 2), (0, 0)])
+def test_a_share_is_one_of_so_many(number: int, of: int) -> None:
+    with pytest.raises(ValueError, match="number must be 0 to"):
+        Share(number=number, of=of)
+
+
+def test_several_tokens_may_come_at_once() -> None:
+    pace = Pace()
+    pace.started("x", "a", 10)
+    pace.produced(["x", "unheard-of"], 7)
+    assert (pace.lines["x"].tokens, pace.lines["x"].prefilled) == (7, True)
+
+
+def test_how_old_news_may_be_is_the_callers_choice() -> None:
+    pace = Pace(FixedCap(lines=0), stale_after_s=5.0)
+    assert pace.stale(0.0)
+    pace.hear(news(n_star=1), 0.0)
+    assert (pace.stale(5.0), pace.stale(5.1)) == (False, True)
+    assert len(pace.starts(lines(1), 5.0)) == 1
+    assert pace.starts(lines(1), 5.1) == []

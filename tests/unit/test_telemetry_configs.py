@@ -1,4 +1,4 @@
-"""The alert rules and the dashboard: well formed, and of metrics that we export."""
+"""The alert rules and the dashboards of scheduler and batch gateway: well formed, and of metrics that we export."""
 
 from __future__ import annotations
 
@@ -16,16 +16,22 @@ from llmd_sched.predict.gauges import producer_gauges
 from llmd_sched.predict.producer import PredictedLatencyProducer
 from llmd_sched.predict.trainer import TrainerProcess
 from llmd_sched.telemetry.names import MEASURED, METRICS, OURS, PREFIX, Row, row_of, twin_of
+from tests.batch_metrics import labels_by_name
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "observability"
-ALERTS = FOLDER / "alerts.yaml"
-DASHBOARD = FOLDER / "dashboard.json"
+ALERTS = FOLDER / "alerts.yaml", FOLDER / "batch-alerts.yaml"
+DASHBOARDS = "dashboard.json", "batch-dashboard.json"
 
-RULES = [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
-PANELS: list[dict[str, Any]] = json.loads(DASHBOARD.read_text())["panels"]
-CHARTS = [panel for panel in PANELS if panel["type"] != "row"]
+RULES = [rule for file in ALERTS for group in yaml.safe_load(file.read_text())["groups"] for rule in group["rules"]]
+PANELS: dict[str, list[dict[str, Any]]] = {
+    name: json.loads((FOLDER / name).read_text())["panels"] for name in DASHBOARDS
+}
+CHARTS = {name: [panel for panel in panels if panel["type"] != "row"] for name, panels in PANELS.items()}
 EXPRESSIONS = {rule["alert"]: rule["expr"] for rule in RULES} | {
-    f"{panel['title']} {target['refId']}": target["expr"] for panel in CHARTS for target in panel["targets"]
+    f"{name} {panel['title']} {target['refId']}": target["expr"]
+    for name, charts in CHARTS.items()
+    for panel in charts
+    for target in panel["targets"]
 }
 
 NOT_OURS = {"process_cpu_seconds_total"}
@@ -50,7 +56,10 @@ def exported() -> set[str]:
     return found | {name for name, *_ in producer_gauges(producer, TrainerProcess(producer.model), 1.0)}
 
 
-EXPORTED = exported()
+BATCH = labels_by_name()
+"""Of the batch gateway."""
+
+EXPORTED = exported() | set(BATCH)
 
 
 def metrics_of(expression: str) -> set[str]:
@@ -78,7 +87,9 @@ def test_every_expression_is_of_metrics_we_export(where: str) -> None:
 def test_every_label_asked_for_is_one_the_metric_has(where: str) -> None:
     for name, label in labels_of(EXPRESSIONS[where]):
         short = re.sub(r"_(bucket|sum|count)$", "", name.removeprefix(PREFIX))
-        if label != "job" and short in METRICS:
+        if name in BATCH:
+            assert label in BATCH[name] | {"job"}, f"{name} has no label {label}"
+        elif label != "job" and short in METRICS:
             assert label in METRICS[short].labels, f"{name} has no label {label}"
 
 
@@ -99,13 +110,15 @@ def test_an_alert_says_how_bad_it_is_and_what_to_do(rule: dict[str, Any]) -> Non
 
 def test_names_of_alerts_and_panels_are_unique() -> None:
     assert len({rule["alert"] for rule in RULES}) == len(RULES)
-    assert len({panel["id"] for panel in PANELS}) == len(PANELS)
-    assert len({panel["title"] for panel in PANELS}) == len(PANELS)
+    for panels in PANELS.values():
+        assert len({panel["id"] for panel in panels}) == len(panels)
+        assert len({panel["title"] for panel in panels}) == len(panels)
 
 
-def test_panels_do_not_overlap() -> None:
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_panels_do_not_overlap(name: str) -> None:
     cells: set[tuple[int, int]] = set()
-    for panel in PANELS:
+    for panel in PANELS[name]:
         grid = panel["gridPos"]
         assert grid["x"] + grid["w"] <= 24
         mine = {(grid["x"] + i, grid["y"] + j) for i in range(grid["w"]) for j in range(grid["h"])}
@@ -114,7 +127,8 @@ def test_panels_do_not_overlap() -> None:
 
 
 def test_every_alert_on_prediction_has_its_panel() -> None:
-    shown = set().union(*(metrics_of(target["expr"]) for panel in CHARTS for target in panel["targets"]))
+    charts = CHARTS["dashboard.json"]
+    shown = set().union(*(metrics_of(target["expr"]) for panel in charts for target in panel["targets"]))
     for rule in RULES:
         if rule["alert"] in ("EppPredictorDrift", "EppPredictorError", "EppPredictorCoverage", "EppTrainerDown"):
             assert metrics_of(rule["expr"]) <= shown, rule["alert"]
@@ -130,12 +144,12 @@ def promtool(*arguments: str | Path) -> None:
 
 @needs_promtool
 def test_promtool_accepts_the_rules() -> None:
-    promtool("check", "rules", ALERTS)
+    promtool("check", "rules", *ALERTS)
 
 
 @needs_promtool
 def test_promtool_accepts_every_query_of_the_dashboard(tmp_path: Path) -> None:
-    queries = [target["expr"] for panel in CHARTS for target in panel["targets"]]
+    queries = [target["expr"] for charts in CHARTS.values() for panel in charts for target in panel["targets"]]
     rules = [
         {"record": f"panel:query{i}", "expr": query.replace("$__rate_interval", "5m")}
         for i, query in enumerate(queries)
@@ -146,6 +160,7 @@ def test_promtool_accepts_every_query_of_the_dashboard(tmp_path: Path) -> None:
 
 
 MFP = 'model_name="m",target_model_name="m",fairness_id="f",priority="0"'
+B = 'job="b",instance="i"'
 P, T = 'plugin_name="p"', 'plugin_name="p",target="ttft"'
 FIRING = [
     ("EppAbsent", {"up": "1x20"}),
@@ -193,6 +208,29 @@ FIRING = [
         },
     ),
     ("EppPredictorCoverage", {f'llm_d_epp_predictor_live_coverage_ratio{{{T},quantile="0.9"}}': "0.7x20"}),
+    ("BatchGatewayWorkersAbsent", {"up": "1x20"}),
+    ("BatchGatewayNoProgress", {f'batchgw_queue_depth_lines{{{B},model="m",state="queued"}}': "9x20"}),
+    ("BatchGatewayDeadlineAtRisk", {f'batchgw_batches_at_risk{{{B},model="m"}}': "1x20"}),
+    (
+        "BatchGatewayWorkerGone",
+        {f'batch_startup_recovery_total{{{B},status="in_progress",action="resumed"}}': "0x9 2x9"},
+    ),
+    (
+        "BatchGatewayPaceHeld",
+        {
+            f'batchgw_queue_depth_lines{{{B},model="m",state="queued"}}': "9x20",
+            f'batchgw_pace_held{{{B},source="s",reason="unheard"}}': "1x20",
+        },
+    ),
+    (
+        "BatchGatewayLineFailures",
+        {
+            f'model_request_execution_duration_seconds_count{{{B},model="m"}}': "0+60x20",
+            f'request_errors_by_model_total{{{B},model="m"}}': "0+10x20",
+        },
+    ),
+    ("BatchGatewayStorageUnavailable", {f'batchgw_store_errors_total{{{B},verb="v",kind="unavailable"}}': "0+2x20"}),
+    ("BatchGatewayWebhooksFailing", {f'batchgw_webhook_deliveries_total{{{B},outcome="failed"}}': "0+2x20"}),
 ]
 
 
@@ -212,6 +250,14 @@ HEALTHY = {
     f"llm_d_epp_predictor_held_out_error_ratio{{{T}}}": "0.5x20",
     f'llm_d_epp_predictor_live_coverage_ratio{{{T},quantile="0.9"}}': "0.93x20",
     f'llm_d_epp_predictor_live_coverage_ratio{{{T},quantile="0.5"}}': "0.55x20",
+    f"total_workers{{{B}}}": "1x20",
+    f'batchgw_queue_depth_lines{{{B},model="m",state="queued"}}': "9x20",
+    f'model_request_execution_duration_seconds_count{{{B},model="m"}}': "0+60x20",
+    f'request_errors_by_model_total{{{B},model="m"}}': "0+1x20",
+    f'batchgw_batches_at_risk{{{B},model="m"}}': "0x20",
+    f'batchgw_pace_held{{{B},source="s",reason="unheard"}}': "0x9 1x2 0x9",
+    f'batch_startup_recovery_total{{{B},status="in_progress",action="resumed"}}': "4x20",
+    f'batchgw_webhook_deliveries_total{{{B},outcome="failed"}}': "7x20",
 }
 
 
@@ -221,7 +267,9 @@ def after_18_minutes(series: dict[str, str], query: str, value: int, folder: Pat
     inputs = [{"series": name, "values": values} for name, values in series.items()]
     test = {"interval": "1m", "input_series": inputs, "promql_expr_test": [asked]}
     path = folder / "test.yaml"
-    path.write_text(yaml.safe_dump({"rule_files": [str(ALERTS)], "evaluation_interval": "1m", "tests": [test]}))
+    path.write_text(
+        yaml.safe_dump({"rule_files": [str(file) for file in ALERTS], "evaluation_interval": "1m", "tests": [test]})
+    )
     promtool("test", "rules", path)
 
 
