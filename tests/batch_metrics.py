@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Gauge, Histogram
 from prometheus_client import Counter as Counted
-from prometheus_client import Gauge, Histogram
 
 from batchgw.api.metrics import ApiMetrics
 from batchgw.app.measured import StorageMetrics

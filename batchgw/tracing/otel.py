@@ -55,7 +55,9 @@ class OtelTracer(Tracer):
         if batch.trace is not None and not _sampled(batch.trace):
             return
         parent, planned_s = self._within(batch.trace), batch.in_progress_s
-        self._past("process-batch", parent, batch.created_s, now_s, batch)
+        whole = self._past("process-batch", parent, batch.created_s, now_s, batch)
+        if batch.trace is None:
+            parent = trace.set_span_in_context(whole)
         self._past("ingest-and-plan", parent, batch.created_s, planned_s or now_s, batch)
         ending_s = batch.finalizing_s or batch.cancelling_s or min(batch.deadline_s, now_s)
         if planned_s is not None:
@@ -73,11 +75,12 @@ class OtelTracer(Tracer):
         self._propagator.inject(onward, trace.set_span_in_context(span, parent))
         return _Recorded(span, onward.get("traceparent"))
 
-    def _past(self, name: str, parent: Context, began_s: float, ended_s: float, batch: Batch) -> None:
+    def _past(self, name: str, parent: Context, began_s: float, ended_s: float, batch: Batch) -> trace.Span:
         span = self._tracer.start_span(name, parent, attributes=_attributes(batch), start_time=_ns(began_s))
         if batch.status == "failed":
             span.set_status(StatusCode.ERROR, batch.errors[0].code if batch.errors else "failed")
         span.end(_ns(max(began_s, ended_s)))
+        return span
 
     def _within(self, traceparent: str | None) -> Context:
         return self._propagator.extract({"traceparent": traceparent or ""})

@@ -83,11 +83,13 @@ class Upkeep:
     async def _again(self, chore: Chore, every_s: float) -> None:
         """A chore that did something is asked again at once."""
         while not self._stop.is_set():
-            did = False
+            did, failed, began_s = False, False, self._clock()
             try:
                 did = await chore()
             except (StoreUnavailable, BlobError, TimeoutError) as e:
+                failed = True
                 log.warning("%s: %s: %s", chore.__qualname__, type(e).__name__, e)
+            self._metrics.chore(chore.__name__, self._clock() - began_s, failed=failed)
             if not did:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(every_s):
