@@ -4,8 +4,8 @@ BIN := .venv/bin
 
 .PHONY: demo test fuzz lint proto clean
 
-demo: .venv/local  ## engines, scheduler and a real Envoy, a minute of traffic, a report
-	$(BIN)/llmd-sched up
+demo: .venv/local  ## engines, scheduler, a real Envoy and batchgw; a minute of traffic and a batch beside it; a report
+	$(BIN)/llmd-sched up --batch-lines 200
 
 test: .venv/dev lint  ## all checks and all tests, on all cores
 	$(BIN)/pytest -q -n auto --dist loadfile
@@ -24,7 +24,7 @@ proto: .venv/dev  ## regenerate llmd_sched/wire from proto/
 
 .venv/local: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[local]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[local,batch]'
 	touch $@
 
 .venv/dev: pyproject.toml

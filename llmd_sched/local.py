@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,14 @@ WINDOW_S = 10.0
 VLLM_START_S = 240.0
 VLLM_CONTEXT_TOKENS = 16384
 BATCH_PRODUCER = "batch-headroom-producer"
+MAX_BATCH_LINES = 50_000
+"""As many as the API takes in one file."""
+
+DEMO_AT = 0.2
+"""When the demo batch is submitted, as a share of the load's duration."""
+
+DEMO_WAIT_S = 120.0
+"""How long a demo batch may go on after the load."""
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -55,6 +64,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--path", choices=("lean", "duplex"), default="lean", help="Envoy data path (%(default)s)")
     p.add_argument("--config-file", help="EndpointPickerConfig; by default latency prediction")
     p.add_argument("--batch", action="store_true", help="also run batchgw, which uses what the load leaves")
+    p.add_argument("--batch-lines", type=int, default=0, metavar="N",
+                   help="submit a batch of N lines during the load; implies --batch (%(default)s: none)")  # fmt: skip
     p.add_argument("--trace", metavar="FILE", help="Azure LLM CSV or Mooncake JSONL; by default generated chat")
     p.add_argument("--speed", type=float, default=1.0, help="replay a trace this much faster (%(default)s)")
     p.add_argument("--rate", type=float, default=30.0, help="requests/s of the generated chat (%(default)s)")
@@ -77,6 +88,7 @@ class Local(msgspec.Struct):
     outcomes: Path
     metrics_url: str
     batch: Child | None = None
+    batch_url: str = ""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -84,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
     import uvloop
 
     _check(args)
+    args.batch = args.batch or args.batch_lines > 0
     items = workload(args)
     folder = Path(tempfile.mkdtemp(prefix="llmd-sched-"))
     try:
@@ -105,8 +118,12 @@ def _check(args: argparse.Namespace) -> None:
         reason = tiny_vllm.available(args.vllm_python)
         if reason:
             raise StackError(reason)
-    if args.batch and importlib.util.find_spec("uvicorn") is None:
+    if not 0 <= args.batch_lines <= MAX_BATCH_LINES:
+        raise ConfigError(f"must be from 0 to {MAX_BATCH_LINES}, not {args.batch_lines}", "--batch-lines")
+    if (args.batch or args.batch_lines) and importlib.util.find_spec("uvicorn") is None:
         raise StackError("batchgw's packages are missing; install the extra: pip install 'llmd-sched[batch]'")
+    if args.batch_lines and importlib.util.find_spec("openai") is None:
+        raise StackError("OpenAI's client is missing; install the extra: pip install 'llmd-sched[local]'")
     if args.config_file and not Path(args.config_file).is_file():
         raise ConfigError("no such file", args.config_file)
 
@@ -118,7 +135,7 @@ def workload(args: argparse.Namespace) -> Iterator[Item]:
 
 
 async def _run(args: argparse.Namespace, items: Iterator[Item], folder: Path) -> int:
-    """Number of failed requests."""
+    """Number of failed requests; a demo batch that failed counts as one."""
     stop = asyncio.Event()
     task = asyncio.current_task()
     assert task is not None
@@ -134,10 +151,17 @@ async def _run(args: argparse.Namespace, items: Iterator[Item], folder: Path) ->
     async with Stack(folder) as stack:
         local = await start(args, stack)
         cpu = CpuMeter(local.scheduler.pid)
-        results = await _replay(local, items, args.duration, stop)
+        demo = asyncio.create_task(_demo(args, stack, local, stop))
+        try:
+            results = await _replay(local, items, args.duration, stop)
+        except BaseException:
+            demo.cancel()
+            raise
         cpu_s = cpu.read()
-        outcomes = await _outcomes(local, len(results))
+        outcomes = await _outcomes(local, len(results) + args.batch_lines)
         failed = _report(args, results, outcomes, cpu_s)
+        if submitted := await demo:
+            failed += await demo_failed(submitted, stop)
         if args.outcomes:
             shutil.copyfile(local.outcomes, args.outcomes)
         if args.keep and not stop.is_set():
@@ -172,6 +196,7 @@ async def start(args: argparse.Namespace, stack: Stack) -> Local:
     await wait_http(f"http://127.0.0.1:{admin}/ready", envoy)
     local = Local(f"http://127.0.0.1:{listen}", model, scheduler, engines, outcomes, f"http://127.0.0.1:{metrics}")
     if args.batch:
+        local.batch_url = f"http://127.0.0.1:{batch[0]}"
         local.batch = await _start_batch(stack, local, BATCH_PRODUCER in config, *batch)
     return local
 
@@ -194,8 +219,32 @@ async def _start_batch(stack: Stack, local: Local, tells_headroom: bool, port: i
     child = await stack.start_batchgw(local.url, local.metrics_url if tells_headroom else "", port, ops_port)
     await wait_http(f"http://127.0.0.1:{ops_port}/ready", child)
     held = "the scheduler's headroom" if tells_headroom else f"refusals (the configuration has no {BATCH_PRODUCER})"
-    _say(f"batch API: http://127.0.0.1:{port}/v1, held back by {held}")
+    _say(f"batch API: {local.batch_url}/v1, held back by {held}")
     return child
+
+
+async def _demo(args: argparse.Namespace, stack: Stack, local: Local, stop: asyncio.Event) -> Child | None:
+    """Submits the demo batch at its time; None without one, or when the load was interrupted before."""
+    if not args.batch_lines:
+        return None
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DEMO_AT * args.duration):
+            await stop.wait()
+            return None
+    return await stack.start_batch_demo(local.batch_url, local.model, args.batch_lines)
+
+
+async def demo_failed(demo: Child, stop: asyncio.Event) -> bool:
+    """Waits for the demo batch, unless interrupted, and says what became of it."""
+    deadline_s = asyncio.get_running_loop().time() + DEMO_WAIT_S
+    while not (over := demo.process.returncode is not None) and not stop.is_set():
+        if asyncio.get_running_loop().time() > deadline_s:
+            break
+        await asyncio.sleep(0.1)
+    _say(f"batch submitted beside the load, by OpenAI's own client:\n{demo.last_lines()}")
+    if not over:
+        _say("  interrupted" if stop.is_set() else f"  not over {DEMO_WAIT_S:g} s after the load")
+    return demo.process.returncode != 0 if over else not stop.is_set()
 
 
 async def _start_engines(args: argparse.Namespace, stack: Stack, ports: list[int]) -> tuple[list[Child], str]:
@@ -280,7 +329,7 @@ def _report(
     version = max((o["model_version"] or 0 for o in outcomes), default=0)
     learned = sum(bool(o["model_version"]) for o in outcomes)
     _say(f"model version at the end: {version}; {learned} of {len(outcomes)} requests routed by a learned model")
-    own, trainer = (s * 1e3 / max(1, len(results)) for s in cpu_s)
+    own, trainer = (s * 1e3 / max(1, len(results), len(outcomes)) for s in cpu_s)
     _say(f"scheduler CPU per request: {own:.2f} ms, and {trainer:.2f} ms of the trainer's (a process of its own)")
     if len(outcomes) < len(results):
         _say(f"outcomes reported to the scheduler: {len(outcomes)} of {len(results)}")

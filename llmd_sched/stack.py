@@ -110,6 +110,11 @@ class Stack:
         file.write_text(json.dumps(config))
         return await self.start("batchgw", [sys.executable, "-m", "batchgw", "serve", "--config", str(file)])
 
+    async def start_batch_demo(self, api_url: str, model: str, lines: int) -> Child:
+        """A batch of ``lines`` lines by OpenAI's client; it ends with status 0 when each was answered once."""
+        arguments = ["--base-url", api_url, "--model", model, "--lines", str(lines)]
+        return await self.start("batch-demo", [sys.executable, "-m", "batchgw.demo", *arguments])
+
 
 async def stop(child: Child, grace_s: float = STOP_GRACE_S) -> None:
     """SIGTERM to its whole group, SIGKILL to what is left of it after ``grace_s``."""

@@ -137,7 +137,7 @@ class Polled(Open):
         self._readings += 1
 
     async def _run(self) -> None:
-        while True:
+        while not cancelled():
             await asyncio.sleep(self._poll_s)
             await self.poll()
 
@@ -147,6 +147,13 @@ async def page(url: str, query: dict[str, str] | None = None) -> bytes:
     async with aiohttp.ClientSession() as session, session.get(url, params=query) as response:
         response.raise_for_status()
         return await response.read()
+
+
+def cancelled() -> bool:
+    """The running task was, also when what it waited for swallowed that: ``asyncio.wait_for`` of Python 3.11, which
+    Redis' client uses, does so now and then."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def clamped(share: float) -> float:

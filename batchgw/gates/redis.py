@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
-from batchgw.gates.base import READ_TIMEOUT_S, Gate, Open, Polled, Spec, Tools
+from batchgw.gates.base import READ_TIMEOUT_S, Gate, Open, Polled, Spec, Tools, cancelled
 
 log = logging.getLogger(__name__)
 
@@ -76,15 +76,16 @@ class _Quota(Open):
         await self._client.aclose()
 
     async def admit(self, id: str, tenant: str) -> bool:
-        key = self._spec.prefix + tenant
+        key, admitted = self._spec.prefix + tenant, False
         try:
             async with asyncio.timeout(READ_TIMEOUT_S):
                 admitted = await self._take(key, id)
         except Exception as e:
             log.warning("gate redis-quota: nothing admitted: %s: %s", type(e).__name__, e)
-            return False
         if admitted and self._spec.mode == "concurrency":
             self._held[id] = key
+        if cancelled():
+            raise asyncio.CancelledError  # or the line would be sent, and a stop would wait for it
         return admitted
 
     async def _take(self, key: str, id: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,8 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llmd_sched.sim.steptime import PRESETS
-from llmd_sched.stack import StackError, envoy_binary
+from llmd_sched.local import demo_failed
+from llmd_sched.stack import Stack, StackError, envoy_binary
 
 PATIENCE_S = 60.0
 """How long anything may take before a test gives up. Nothing waits that long unless it is broken."""
@@ -125,30 +127,36 @@ def test_a_short_run_reports_and_exits_0(tmp_path: Path) -> None:
 
 
 def test_a_batch_runs_beside_the_load_and_its_gateway_ends_with_the_rest(tmp_path: Path) -> None:
-    with up(tmp_path, "--batch", "--duration", "600", "--engines", "2", "--rate", "5") as running:
-        running.until(lambda: "batch API: " in running.text)
-        address = re.search(
-            r"batch API: (http://127\.0\.0\.1:\d+)/v1, held back by the scheduler's headroom", running.text
-        )
-        assert address, running.text
-        requests = tmp_path / "requests.jsonl"
-        body = {"model": PRESETS["llama-3-8b-h100"].model, "max_tokens": 5}
-        asked = {"method": "POST", "url": "/v1/completions"}
-        lines = [{"custom_id": f"c{i}", **asked, "body": {**body, "prompt": f"line {i}"}} for i in range(20)]
-        requests.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        command = ["submit", str(requests), "--wait", "--base-url", address[1]]
-        submit = subprocess.run(
-            [sys.executable, "-m", "batchgw", *command], capture_output=True, text=True, timeout=PATIENCE_S, check=False
-        )
-        assert submit.returncode == 0, submit.stdout + submit.stderr
-        assert "completed: 20 of 20 lines answered, 0 failed" in submit.stdout
-        assert "batchgw" in running.look()
+    arguments = ("--batch-lines", "20", "--duration", "4", "--engines", "2", "--rate", "5", "--keep")
+    with up(tmp_path, *arguments) as running:
+        running.until(lambda: "still up" in running.text)
+        api = re.search(r"batch API: (http://127\.0\.0\.1:\d+/v1), held back by the scheduler's headroom", running.text)
+        assert api, running.text
+        with urllib.request.urlopen(f"{api[1]}/batches", timeout=PATIENCE_S) as answer:
+            [batch] = json.load(answer)["data"]
+        assert {"batchgw", "batch-demo"} <= set(running.look())
         running.interrupt()
         status = running.wait()
         text = running.text
     assert status == 0, text
+    assert batch["request_counts"] == {"total": 20, "completed": 20, "failed": 0}
+    assert "batch submitted beside the load, by OpenAI's own client:\n" in text
+    assert re.search(rf"  {batch['id']}: completed \S+ s after the upload began; 20 lines, each answered once", text), (
+        text
+    )
     assert not running.left()
     assert not list((tmp_path / "tmp").iterdir())
+
+
+@pytest.mark.parametrize(("ends", "failed"), [("0", False), ("'demo batch: 1 of 20 lines not answered: c7'", True)])
+async def test_a_demo_batch_that_fails_is_told_and_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ends: str, failed: bool
+) -> None:
+    async with Stack(tmp_path) as stack:
+        demo = await stack.start("batch-demo", [sys.executable, "-c", f"raise SystemExit({ends})"])
+        async with asyncio.timeout(PATIENCE_S):
+            assert await demo_failed(demo, asyncio.Event()) is failed
+    assert ("  demo batch: 1 of 20 lines not answered: c7" in capsys.readouterr().out) is failed
 
 
 def test_an_interrupt_in_mid_run_still_reports_and_leaves_no_process(tmp_path: Path) -> None:
@@ -185,6 +193,7 @@ def test_two_interrupts_while_it_starts_end_it_at_once_and_leave_no_process(tmp_
         (["--engines", "0"], "--engines: must be positive, not 0"),
         (["--rate", "nan"], "--rate: must be positive, not nan"),
         (["--duration", "-1"], "--duration: must be positive, not -1"),
+        (["--batch-lines", "50001"], "--batch-lines: must be from 0 to 50000, not 50001"),
         (["--config-file", "no/such/file.yaml"], "no/such/file.yaml: no such file"),
         (["--trace", "no/such/trace.csv"], "no/such/trace.csv"),
     ],

@@ -5,6 +5,7 @@ import base64
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,14 @@ from batchgw.worker.metrics import Metrics
 from batchgw.worker.pacer import GatePacer
 from batchgw.worker.upkeep import CHUNK_LINES
 from batchgw.worker.webhooks import AGAIN_S, Teller, Webhook
+from batchgw.worker.worker import WorkerSettings
 from benchmarks.batch_engine import Engine, Fault, Trouble, running
-from benchmarks.batch_site import Site, requests, site, wrong
+from benchmarks.batch_site import LOOK_S, Site, requests, site, wrong
 from tests.batch_stores import postgres, store_url  # noqa: F401  (fixtures)
 from tests.envoy_stream import until
+
+PATIENT: dict[str, Any] = {"lease_s": 30.0, "request_timeout_s": 30.0}
+"""Longer than a loaded machine keeps anything waiting: a lease or a request that runs out is rightly sent again."""
 
 
 @pytest.fixture
@@ -36,6 +41,7 @@ async def engine() -> AsyncIterator[Engine]:
 async def gateway(store_url: str, tmp_path: Path, engine: Engine) -> AsyncIterator[Site]:  # noqa: F811
     (tmp_path / "blobs").mkdir()
     async with site(lambda: open_store(store_url), tmp_path / "blobs", engine.url) as made:
+        made.worker = partial(made.worker, **PATIENT)
         yield made
 
 
@@ -82,25 +88,30 @@ async def test_a_refused_line_goes_where_the_routing_says_and_counts_as_failed(
 
 async def test_models_of_one_file_run_independently(gateway: Site, engine: Engine) -> None:
     engine.trouble = lambda asked: Fault("hang") if asked.body["model"] == "stuck" else None
-    async with gateway.worker(per_model=4, request_timeout_s=30.0):
+    async with gateway.worker(per_model=4):
         batch = await gateway.submit(requests(60, model=["stuck", "free"]))
         await until(lambda: sum(asked.body["model"] == "free" for asked in engine.asked) == 30)
         await until(lambda: sum(asked.body["model"] == "stuck" for asked in engine.asked) == 4)
         assert (await gateway.batch(batch.id)).status == "in_progress"
 
 
+async def answered(gateway: Site, batch: Batch, lines: int) -> None:
+    """Until so many lines have come out."""
+    async with asyncio.timeout(30.0):
+        while (await gateway.batch(batch.id)).completed < lines:
+            await asyncio.sleep(0.01)
+
+
 async def cancelled(gateway: Site, batch: Batch, after: int) -> Batch:
     """Cancels it when ``after`` lines have come out."""
-    async with asyncio.timeout(10.0):
-        while (await gateway.batch(batch.id)).completed < after:
-            await asyncio.sleep(0.01)
+    await answered(gateway, batch, after)
     await gateway.store.cancel_batch("t", batch.id, batch.created_s)
     return await gateway.ended(batch.id)
 
 
 async def test_a_cancelled_batch_keeps_what_is_finished_and_says_so_of_the_rest(gateway: Site, engine: Engine) -> None:
     engine.trouble = hanging_after(10)
-    async with gateway.worker(request_timeout_s=30.0):
+    async with gateway.worker():
         batch = await cancelled(gateway, await gateway.submit(requests(200)), 10)
         await until(lambda: engine.in_flight == 0)
     assert (batch.status, batch.completed, batch.failed) == ("cancelled", 10, 190)
@@ -120,8 +131,11 @@ async def test_a_batch_cancelled_before_it_was_planned_accounts_for_each_line(ga
 
 async def test_a_batch_past_its_window_expires_with_what_is_finished(gateway: Site, engine: Engine) -> None:
     engine.trouble = hanging_after(10)
-    async with gateway.worker(request_timeout_s=30.0, per_model=15):
-        batch = await gateway.ended((await gateway.submit(requests(200), window_s=1.5)).id)
+    async with gateway.worker(per_model=15) as process:
+        submitted = await gateway.submit(requests(200))
+        await answered(gateway, submitted, 10)
+        process.upkeep._clock = lambda: submitted.deadline_s + 1.0
+        batch = await gateway.ended(submitted.id)
     assert (batch.status, batch.completed, batch.failed) == ("expired", 10, 190)
     assert not await wrong(gateway, batch, 200)
     errors = await gateway.lines(batch, batch.error_file_id)
@@ -157,7 +171,8 @@ async def test_a_batch_whose_input_is_gone_ends_failed_with_a_line_for_each(gate
 async def test_a_graceful_stop_hands_in_what_is_finished_and_hands_back_the_rest(gateway: Site, engine: Engine) -> None:
     engine.token_s = 0.02
     submitted = await gateway.submit(requests(150))
-    async with gateway.worker("first"):
+    unhurried = WorkerSettings(poll_s=LOOK_S, flush_s=0.05, stop_s=30.0)
+    async with gateway.worker("first", settings=unhurried):
         await until(lambda: len(engine.asked) >= 40)
     stopped = await gateway.batch(submitted.id)
     assert stopped.completed == len(engine.asked), "what was sent was finished and handed in"
@@ -210,7 +225,7 @@ async def test_no_more_lines_are_in_flight_than_permitted_and_the_buffer_is_boun
     async with gateway.worker(per_model=7) as process:
         submitted = await gateway.submit(requests(300))
         most = 0
-        async with asyncio.timeout(20.0):
+        async with asyncio.timeout(30.0):
             while (await gateway.batch(submitted.id)).status != "completed":
                 most = max(most, process.worker._buffer.count("m"))
                 await asyncio.sleep(0.005)

@@ -1,7 +1,8 @@
 """Gates: their arithmetic, and what they do without data. Servers are on loopback, Redis is a fake one."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import fakeredis
@@ -147,6 +148,62 @@ async def test_redis_away_is_closed() -> None:
         assert made.budget() == 0.0
     async with opened({"type": "redis-quota", "limit": 5}, tools) as made:
         assert not await made.admit("a", "tenant")
+
+
+class _Deaf:
+    """A Redis client whose waits swallow a cancellation, as ``asyncio.wait_for`` of Python 3.11 can."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.answers = asyncio.Event()
+
+    async def get(self, key: str) -> str:
+        self.asked.set()
+        with suppress(asyncio.CancelledError):
+            await self.answers.wait()
+        return "0.5"
+
+    def pipeline(self, transaction: bool) -> Any:
+        return self
+
+    async def __aenter__(self) -> Any:
+        return self
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+    def zadd(self, *_: object, **__: object) -> None: ...
+
+    zremrangebyscore = zcard = pexpire = zadd
+
+    async def execute(self) -> list[int]:
+        await self.get("")
+        return [0, 1, 1, 1]
+
+    async def aclose(self) -> None: ...
+
+
+async def test_a_poll_that_swallows_the_cancellation_does_not_hold_up_the_stop() -> None:
+    client = _Deaf()
+    client.answers.set()
+    made = gate({"type": "redis", "address": "redis://x"}, Tools(redis=lambda url: client, poll_s=0.001))
+    await made.open()
+    client.asked.clear()
+    client.answers.clear()
+    async with asyncio.timeout(10.0):
+        await client.asked.wait()
+        await made.close()
+    assert made.budget() == 0.5
+
+
+async def test_a_line_cut_while_its_quota_is_asked_is_not_admitted_and_gives_its_place_back() -> None:
+    client = _Deaf()
+    quota = _Quota(RedisQuota(limit=2, mode="concurrency"), client, Clock())
+    admitting = asyncio.create_task(quota.admit("1", "a"))
+    await client.asked.wait()
+    admitting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await admitting
+    assert quota._held, "the place is there to be released"
 
 
 class Clock:
