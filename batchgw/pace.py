@@ -24,8 +24,9 @@ ONSET_S = 1.0
 ANYWHERE = ""
 """Endpoint of lines that are sent before any endpoint was named: wherever the router likes."""
 
-PATIENCE_S = 120.0
-"""Of aborted lines: in a burst that lasts longer they go on too, when there is nothing else."""
+PATIENCE_S = 5.0
+"""Of aborted lines: in a burst that lasts longer they go on too, within its limits, when there is nothing else. What is
+left of a batch in the end would wait for the end of the burst otherwise."""
 
 TOLERATED_SHARE = 1.1
 TOLERATED_LINES = 2

@@ -50,6 +50,15 @@ SCRAPED = ("waiting", "running", "kv_usage", "block_tokens", "cache_blocks", "me
 
 CONFIG_HEAD = "apiVersion: llm-d.ai/v1alpha1\nkind: EndpointPickerConfig\n"
 
+HARVEST = """
+plugins:
+- type: batch-headroom-producer
+  parameters: {mode: harvest, kvTokens: 100000}
+- type: batch-headroom-filter
+- type: random-picker
+"""
+"""Any endpoint, as far as batch and interactive requests may go there."""
+
 fuzzed = settings(
     max_examples=150,
     deadline=None,

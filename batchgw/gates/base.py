@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import aiohttp
 import msgspec
 
+from batchgw.cancellation import cancelled
+
 log = logging.getLogger(__name__)
 
 POLL_S = 5.0
@@ -147,13 +149,6 @@ async def page(url: str, query: dict[str, str] | None = None) -> bytes:
     async with aiohttp.ClientSession() as session, session.get(url, params=query) as response:
         response.raise_for_status()
         return await response.read()
-
-
-def cancelled() -> bool:
-    """The running task was, also when what it waited for swallowed that: ``asyncio.wait_for`` of Python 3.11, which
-    Redis' client uses, does so now and then."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 def clamped(share: float) -> float:

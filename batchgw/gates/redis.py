@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
-from batchgw.gates.base import READ_TIMEOUT_S, Gate, Open, Polled, Spec, Tools, cancelled
+from batchgw.cancellation import cancelled
+from batchgw.gates.base import READ_TIMEOUT_S, Gate, Open, Polled, Spec, Tools
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from batchgw.cancellation import cancelled
 from batchgw.client.requests import Call, Flight, Sender
 from batchgw.client.result import EXPIRED
 from batchgw.records import Result
@@ -166,7 +167,7 @@ class RedisSource:
             await asyncio.gather(*self._running, return_exceptions=True)
 
     async def _again(self, step: Callable[[], Any], every_s: float) -> None:
-        while not _cancelled():
+        while not cancelled():
             try:
                 await step()
             except Exception as e:  # whatever Redis is out of, the next round may find it well
@@ -222,7 +223,7 @@ class RedisSource:
             self._waiting.append((flight, raw, queue))
             return
         made = answer(flight.call.custom_id, result)
-        while not _cancelled():
+        while not cancelled():
             try:
                 await self._push(raw, made, queue)
                 return
@@ -251,12 +252,6 @@ class RedisSource:
                 steps.zadd(self._settings.requests, {raw: _deadline(raw)})
                 steps.zrem(self._taken, raw)
                 await steps.execute()
-
-
-def _cancelled() -> bool:
-    """Also when whoever was waited for swallowed it: ``asyncio.wait_for`` of Python 3.11 does, now and then."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 def _deadline(raw: bytes) -> float:

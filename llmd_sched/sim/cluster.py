@@ -28,6 +28,7 @@ from llmd_sched.flow.saturation import SaturationDetector
 from llmd_sched.pool.pool import Load, Pool
 from llmd_sched.predict.producer import PredictedLatency
 from llmd_sched.sim.engine import Engine, Refusal, SimRequest, Step
+from llmd_sched.sim.flight import Flight, outcome_of, record_of
 from llmd_sched.sim.gate import VirtualGate
 from llmd_sched.sim.kvcache import BLOCK_TOKENS
 from llmd_sched.sim.openai import block_hashes
@@ -42,7 +43,7 @@ from llmd_sched.sim.scenario import (
     Record,
     Slow,
 )
-from llmd_sched.types import Decision, End, Endpoint, Outcome, Prediction
+from llmd_sched.types import Decision, End, Endpoint, Outcome
 
 REAP_EVERY_S = 1.0
 """As ``app`` does."""
@@ -64,19 +65,6 @@ class _Order(enum.IntEnum):
     ARRIVAL = enum.auto()
 
 
-class _Flight:
-    """A request on its way through an engine."""
-
-    __slots__ = ("arrival", "cached_tokens", "decision", "first_s")
-
-    def __init__(self, arrival: Arrival, decision: Decision) -> None:
-        self.arrival = arrival
-        self.decision = decision
-        self.cached_tokens = 0
-        self.first_s: float | None = None
-        """When the first token reached the router."""
-
-
 class _Server:
     """An engine, the requests it holds by ticket, and its fate."""
 
@@ -89,7 +77,7 @@ class _Server:
         self.engine = Engine(spec.engine, Random(f"{seed} noise of {name}"))
         self.rng = Random(f"{seed} stalls of {name}")
         self.slowdown = spec.slowdown
-        self.flights: dict[str, _Flight] = {}
+        self.flights: dict[str, Flight] = {}
         self.alive = True
         self.listed = True
         """By discovery."""
@@ -221,18 +209,18 @@ class Cluster:
             return None
         if self.spec.path == "lean":
             self.router.assume_first_token(decision)
-        self._send(_Flight(one, decision))
+        self._send(Flight(one, decision))
         return decision
 
     def _refuse(self, one: Arrival, error: RequestError) -> None:
-        self._close(_record(one, None, Outcome(end=End.FINISHED, status=error.status)))
+        self._close(record_of(one, None, Outcome(end=End.FINISHED, status=error.status)))
 
     def subset(self, one: Arrival) -> Collection[str] | None:
         """``host:port`` of the engines among which the router is to choose for this arrival, None for all: for
         subclasses that know more than a router may."""
         return None
 
-    def _send(self, flight: _Flight) -> None:
+    def _send(self, flight: Flight) -> None:
         server, asked = self._servers[flight.decision.picked[0].name], flight.arrival.request
         reached_s = self.now_s + self.spec.network_s
         if not server.alive:
@@ -285,22 +273,22 @@ class Cluster:
         for ticket in step.finished:
             self._end(flights.pop(ticket), End.FINISHED, 200, self.now_s)
 
-    def _first_token(self, flight: _Flight) -> None:
+    def _first_token(self, flight: Flight) -> None:
         flight.first_s = self.now_s + self.spec.network_s
         if self.spec.path == "duplex" and flight.arrival.request.streaming:
             ticket, first_s = flight.decision.ticket, flight.first_s
             self._at(first_s, _Order.REPORT, self.router.first_token, ticket, first_s)
 
-    def _end(self, flight: _Flight, end: End, status: int, at_s: float) -> None:
+    def _end(self, flight: Flight, end: End, status: int, at_s: float) -> None:
         """The engine is done with the request ``at_s``; the router learns it later."""
         seen_s = at_s + self.spec.network_s
         delay_s = self.spec.report_delay_s if self.spec.path == "lean" else 0.0
-        outcome = _outcome(flight, end, status, seen_s)
+        outcome = outcome_of(flight, end, status, seen_s)
         self._at(seen_s + delay_s, _Order.REPORT, self._report, flight, outcome)
 
-    def _report(self, flight: _Flight, outcome: Outcome) -> None:
+    def _report(self, flight: Flight, outcome: Outcome) -> None:
         self.router.finish(flight.decision.ticket, outcome, self.now_s)
-        self._close(_record(flight.arrival, flight, outcome))
+        self._close(record_of(flight.arrival, flight, outcome))
         self._drain()
 
     def _close(self, record: Record) -> None:
@@ -364,50 +352,3 @@ class Cluster:
         self.router.reap(self.now_s)
         for producer in self.producers:
             producer.ledger.expire(self.now_s)
-
-
-def _outcome(flight: _Flight, end: End, status: int, now_s: float) -> Outcome:
-    """As either path reads it off a reply; token counts come with ``usage``, at the end of a complete one."""
-    asked, sent_s = flight.arrival.request, flight.decision.at_s
-    streamed = asked.streaming and status == 200
-    complete = end is End.FINISHED and status == 200
-    return Outcome(
-        end=end,
-        status=status,
-        ttft_ms=(flight.first_s - sent_s) * 1e3 if streamed and flight.first_s is not None else None,
-        e2e_ms=(now_s - sent_s) * 1e3,
-        prompt_tokens=asked.input_tokens if complete else None,
-        cached_tokens=flight.cached_tokens if complete else None,
-        output_tokens=flight.arrival.output_tokens if complete else None,
-        streamed=streamed,
-    )
-
-
-_NOT_PREDICTED = Prediction(row=(), ttft_ms=math.nan, tpot_ms=math.nan, model_version=-1)
-
-
-def _record(one: Arrival, flight: _Flight | None, outcome: Outcome) -> Record:
-    """``flight`` is None when the router refused."""
-    prediction = (flight and flight.decision.prediction) or _NOT_PREDICTED
-    waited_ms = (flight.decision.at_s - one.at_s) * 1e3 if flight else 0.0
-    return Record(
-        request_id=one.request.id,
-        arrival_s=one.at_s,
-        endpoint=flight.decision.picked[0].name if flight else "",
-        model_version=prediction.model_version,
-        predicted_ttft_ms=prediction.ttft_ms,
-        predicted_tpot_ms=prediction.tpot_ms,
-        queue_wait_ms=waited_ms,
-        ttft_ms=waited_ms + _known(outcome.ttft_ms),
-        tpot_ms=_known(outcome.tpot_ms),
-        e2e_ms=waited_ms + _known(outcome.e2e_ms),
-        end=outcome.end.value if flight else "refused",
-        status=outcome.status,
-        input_tokens=one.request.input_tokens,
-        cached_tokens=flight.cached_tokens if flight else 0,
-        output_tokens=outcome.output_tokens or 0,
-    )
-
-
-def _known(value_ms: float | None) -> float:
-    return math.nan if value_ms is None else value_ms

@@ -23,16 +23,10 @@ from llmd_sched.app import Scheduler, ServeSettings
 from llmd_sched.headroom.producer import BatchHeadroom
 from llmd_sched.stack import free_ports
 from llmd_sched.types import End, Outcome, Request
-from tests.builders import CONFIG_HEAD
+from tests.builders import CONFIG_HEAD, HARVEST
 from tests.envoy_stream import soon, until
 
-CONFIG = """
-plugins:
-- type: batch-headroom-producer
-  parameters: {mode: harvest, kvTokens: 60000}
-- type: batch-headroom-filter
-- type: random-picker
-"""
+CONFIG = HARVEST.replace("100000", "60000")
 LINES, WORDS, WORD_S = 40, 60, 0.03
 
 

@@ -21,17 +21,10 @@ from llmd_sched.app import headroom
 from llmd_sched.app.headroom import PATH
 from llmd_sched.headroom.producer import BatchHeadroom
 from llmd_sched.router import Router
-from tests.builders import asking, endpoints, pool_of, prompt, router_of
+from tests.builders import HARVEST, asking, endpoints, pool_of, prompt, router_of
 from tests.envoy_stream import until
 
 PATIENCE_S = 20.0
-CONFIG = """
-plugins:
-- type: batch-headroom-producer
-  parameters: {mode: harvest, kvTokens: 100000}
-- type: batch-headroom-filter
-- type: random-picker
-"""
 USER = asking(prompt(4))
 MODEL = "m"
 
@@ -39,7 +32,7 @@ MODEL = "m"
 class Serving:
     """A router over two endpoints, its feed, and an admin port that can be stopped and started again."""
 
-    def __init__(self, config: str = CONFIG) -> None:
+    def __init__(self, config: str = HARVEST) -> None:
         self.router: Router = router_of(config, pool_of(endpoints(2)))
         self.router.pool.stale_after_s = 1e9
         self.port = 0
@@ -73,7 +66,7 @@ class Serving:
 
 
 @asynccontextmanager
-async def serving(config: str = CONFIG) -> AsyncIterator[Serving]:
+async def serving(config: str = HARVEST) -> AsyncIterator[Serving]:
     async with asyncio.timeout(PATIENCE_S):
         made = Serving(config)
         await made.start()

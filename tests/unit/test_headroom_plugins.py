@@ -17,15 +17,8 @@ from llmd_sched.headroom.wire import PoolHeadroom
 from llmd_sched.pool.pool import Load, Pool
 from llmd_sched.router import Router
 from llmd_sched.types import Candidates, End, Outcome
-from tests.builders import CONFIG_HEAD, asking, candidates, endpoints, pool_of, prompt, router_of, streamed
+from tests.builders import CONFIG_HEAD, HARVEST, asking, candidates, endpoints, pool_of, prompt, router_of, streamed
 
-HARVEST = """
-plugins:
-- type: batch-headroom-producer
-  parameters: {mode: harvest, kvTokens: 100000}
-- type: batch-headroom-filter
-- type: random-picker
-"""
 BATCH = asking(prompt(4), priority=-1)
 USER = asking(prompt(4))
 ROOM, CARRIER = "batch_room/batch-headroom-producer", "carrier/batch-headroom-producer"
